@@ -1,0 +1,1006 @@
+"""LMEye around any causal language model of Transformers and a CLIP (arXiv 2305.03701).
+
+The way of one picture: vision tower -> static token in the `<img>` slot -> the language model reads image and question
+up to the request token -> its last hidden state there is the request -> the Interactive Perception Network looks it up
+in the image -> dynamic tokens in the `<img-d>` slots -> answer. See `segments.py` for what is read when.
+"""
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple, logging
+
+from .backbones import (
+    CLIPVisionTower,
+    LMEyeCheckpointMixin,
+    language_model_widths,
+)
+from .configuration_lmeye import LMEyeConfig
+from .interactive_perception import ImageFeatures, InteractivePerceptionNetwork
+from .segments import Segment, SegmentPlan, cache_from_tensors, cache_tensors, plan_segments, roll_padding_left
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class LMEyeCausalLMOutputWithPast(ModelOutput):
+    """
+    Output of [`LMEyeForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor` of shape `[]`): next-token loss over the target tokens, when labels were given.
+        logits (`torch.Tensor` of shape `[batch, seq, vocab]`): for every position given (see `logits_to_keep`), of the
+            language model's own width. Undefined at padding.
+        past_key_values (`Cache`): keys and values of the final sequence.
+        hidden_states (tuple of `[batch, seq, hidden]`): of the final sequence, dynamic tokens inside.
+        attentions: the language model's, where no slot was read.
+        image_hidden_states (`torch.Tensor` of shape `[num_images, num_static_tokens, d_L]`): static information.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class LMEyePerception(ModelOutput):
+    """
+    What the model asked of the images, and what came back; `R` requests, row by row, left to right.
+
+    Args:
+        image_features ([`ImageFeatures`]): the vision tower's features.
+        image_hidden_states (`[num_images, num_static_tokens, d_L]`): static information.
+        requests (`[R, d_h]`): the language model's last hidden state at each request token.
+        request_rows (int `[R]`): the row of the batch each request belongs to.
+        request_images (int `[R, I]`): the images each request looked at; -1 is padding.
+        dynamic_tokens (`[R, k, d_L]`): dynamic information.
+        attention_maps (`[R, layers, request vectors, I, grid rows, grid columns]`, *optional*): where each request
+            looked, averaged over heads; for `interaction="cross_attention"`.
+    """
+
+    image_features: ImageFeatures | None = None
+    image_hidden_states: torch.Tensor | None = None
+    requests: torch.Tensor | None = None
+    request_rows: torch.Tensor | None = None
+    request_images: torch.Tensor | None = None
+    dynamic_tokens: torch.Tensor | None = None
+    attention_maps: torch.Tensor | None = None
+
+
+@dataclass
+class PerceivedPrompt:
+    """A prompt that has been read, as `generate` hands it to the decoding loop, which knows its words alone.
+
+    Args:
+        num_words (`int`): columns of the ids the loop holds: the prompt without its slots.
+        attention_mask (`[rows, columns]` or `None`): of the cache's columns; `None` without padding.
+        position_ids (int `[rows, columns]`): of the cache's columns.
+        outputs ([`LMEyeCausalLMOutputWithPast`]): logits for the first new token, and the cache.
+    """
+
+    num_words: int
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor
+    outputs: LMEyeCausalLMOutputWithPast
+
+
+@dataclass
+class _Sequence:
+    """A batch in the making: embeddings of all columns, and which images each row holds where."""
+
+    embeds: torch.Tensor  # [B, S, d_L]
+    attention_mask: torch.Tensor  # [B, S]
+    plan: SegmentPlan
+    start: int  # columns that are in the cache already
+    features: ImageFeatures | None
+    static_tokens: torch.Tensor | None
+    image_rows: torch.Tensor  # [N], the row of each image
+    image_columns: torch.Tensor  # [N], the column of each image's first slot
+
+
+@dataclass
+class _Reading:
+    """What a sweep over a [`_Sequence`] has gathered so far."""
+
+    cache: DynamicCache
+    mask: torch.Tensor  # bool [B, C], the cache's columns that hold words or slots
+    logits: list[torch.Tensor]
+    hidden_states: list[tuple[torch.Tensor, ...]]
+    perceptions: list[dict[str, torch.Tensor]]
+
+
+class LMEyePreTrainedModel(PreTrainedModel):
+    config: LMEyeConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = "past_key_values"
+    # Half-precision backbones are read, never updated; the trained part keeps float32 weights.
+    _keep_in_fp32_modules_strict = ("ipn",)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, InteractivePerceptionNetwork):
+            module.init_weights()
+        else:
+            super()._init_weights(module)
+
+
+class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, GenerationMixin):
+    """
+    A frozen language model, a frozen CLIP, and the Interactive Perception Network between them.
+
+    Args:
+        config ([`LMEyeConfig`]): the variant, its sizes and the backbones' configurations.
+        vision_tower, language_model, clip_text_model (*optional*): loaded backbones; built from the configuration,
+            with random weights, where absent. See [`~LMEyeForConditionalGeneration.from_vision_language_pretrained`].
+    """
+
+    def __init__(
+        self,
+        config: LMEyeConfig,
+        vision_tower: CLIPVisionModelWithProjection | None = None,
+        language_model: PreTrainedModel | None = None,
+        clip_text_model: CLIPTextModelWithProjection | None = None,
+    ):
+        super().__init__(config)
+        if vision_tower is None:
+            vision_tower = CLIPVisionTower._from_config(config.vision_config)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if "inputs_embeds" not in inspect.signature(language_model.forward).parameters:
+            raise ValueError(
+                f"{type(language_model).__name__} takes no `inputs_embeds`, so no image can be shown to it: choose a "
+                "language model whose forward accepts them."
+            )
+        self.vision_tower = vision_tower
+        self.language_model = language_model
+        input_width, request_width = language_model_widths(language_model)
+        self.ipn = InteractivePerceptionNetwork(
+            config,
+            image_width=config.vision_config.projection_dim,
+            patch_width=config.vision_config.hidden_size,
+            input_width=input_width,
+            request_width=request_width,
+            clip_text_model=clip_text_model,
+        )
+        self.gradient_checkpointing = False
+        for backbone in self.backbones():
+            backbone.requires_grad_(False)
+        self.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
+        self.post_init()
+        self.train(False)
+
+    # --- parts -------------------------------------------------------------------------------------------------
+
+    def backbones(self) -> list[nn.Module]:
+        """The frozen parts: vision tower, language model and, with `interaction="clip_text"`, CLIP's text encoder."""
+        frozen = [self.vision_tower, self.language_model]
+        if self.config.interaction == "clip_text":
+            frozen.append(self.ipn.interaction)
+        return frozen
+
+    def train(self, mode: bool = True) -> "LMEyeForConditionalGeneration":
+        """Sets the IPN's mode. The backbones stay in eval mode: frozen means without dropout, too."""
+        super().train(mode)
+        for backbone in self.backbones():
+            backbone.eval()
+        return self
+
+    def freeze_for_stage(self, stage: Literal["pretrain", "instruct"]) -> int:
+        """
+        Chooses what one of the paper's two stages trains, and logs it with counts.
+
+        Args:
+            stage: `"pretrain"` (multimodal pretraining): the static mapping, W_a, b_a and t_img. `"instruct"`
+                (multimodal instruction following): the rest of the IPN, stage-1 parameters frozen.
+
+        Returns:
+            `int`: the number of parameters that train.
+
+        Raises:
+            ValueError: the stage has nothing to train, or is unknown.
+        """
+        if stage not in ("pretrain", "instruct"):
+            raise ValueError(f'stage must be "pretrain" or "instruct", not {stage!r}.')
+        self.requires_grad_(False)
+        frozen_prefix = "interaction." if self.config.interaction == "clip_text" else None
+        counts: dict[str, int] = {}
+        for name, parameter in self.ipn.named_parameters():
+            static = name.startswith(("visual_mapping.", "image_token"))
+            if static != (stage == "pretrain") or (frozen_prefix and name.startswith(frozen_prefix)):
+                continue
+            parameter.requires_grad_(True)
+            part = name.split(".")[0]
+            counts[part] = counts.get(part, 0) + parameter.numel()
+        if not counts:
+            raise ValueError(
+                f'interaction="{self.config.interaction}" has nothing to train in stage "{stage}": its only parameters '
+                'are those of stage "pretrain".'
+            )
+        total = sum(counts.values())
+        parts = ", ".join(f"ipn.{part} {count:,}" for part, count in counts.items())
+        everything = sum(parameter.numel() for parameter in self.parameters())
+        logger.info(f"Stage {stage}: training {total:,} of {everything:,} parameters: {parts}")
+        return total
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError(
+            "LMEye never resizes the language model's embedding table: slot vectors live in the IPN, and slot ids lie "
+            "outside the table."
+        )
+
+    # --- images ------------------------------------------------------------------------------------------------
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> ImageFeatures:
+        """
+        Runs the vision tower.
+
+        Args:
+            pixel_values (`[N, channels, height, width]`): as the processor makes them.
+
+        Returns:
+            [`ImageFeatures`]: to be passed as `image_features` in place of `pixel_values`, as often as wanted.
+        """
+        tower = self.vision_tower
+        needs_patches = self.config.visual_mapping == "resampler" or (
+            self.config.interaction != "none" and self.config.fine_grained_source == "patch"
+        )
+        outputs = tower(pixel_values.to(tower.device, tower.dtype), output_hidden_states=needs_patches)
+        patches = outputs.hidden_states[self.config.vision_feature_layer][:, 1:] if needs_patches else None
+        return ImageFeatures(outputs.image_embeds, patches)
+
+    def _is_slot(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return input_ids >= min(self.config.image_token_id, self.config.request_token_id, self.config.dynamic_token_id)
+
+    def _lay_out(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_features: ImageFeatures | None,
+        start: int,
+    ) -> _Sequence:
+        """Embeds words and static information and plans the segments; dynamic slots are filled as they are read."""
+        if (input_ids == self.config.request_token_id).any():
+            raise ValueError(
+                "`<img-q>` is a slot of encoder-decoder variants. Here the first `<img-d>` of a group is the request "
+                "slot as well: leave `<img-q>` out."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        elif attention_mask.shape[1] < input_ids.shape[1]:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, input_ids {input_ids.shape[1]}: with "
+                "past_key_values, too, both cover the whole sequence."
+            )
+        if pixel_values is not None and image_features is None:
+            image_features = self.get_image_features(pixel_values)
+        image_rows, image_columns = self._place_images(input_ids, image_features, start)
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(self._is_slot(input_ids), 0))
+        static_tokens = None
+        if image_features is not None:
+            static_tokens = self.ipn.static_tokens(image_features.to(self.ipn.image_token.device))
+            unread = image_columns >= start
+            rows, columns = ((input_ids == self.config.image_token_id) & _from_column(input_ids, start)).nonzero().T
+            embeds = embeds.index_put((rows, columns), static_tokens[unread].flatten(0, 1).to(embeds))
+        has_request = self.config.interaction != "none"
+        if not has_request and (input_ids == self.config.dynamic_token_id).any():
+            raise ValueError('A model with interaction="none" has no requests: leave `<img-d>` slots out.')
+        plan = plan_segments(
+            input_ids, attention_mask, self.config.dynamic_token_id, self.config.num_dynamic_tokens, start
+        )
+        return _Sequence(embeds, attention_mask, plan, start, image_features, static_tokens, image_rows, image_columns)
+
+    def _place_images(
+        self, input_ids: torch.Tensor, image_features: ImageFeatures | None, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and first column of every image. With a cache, images of columns read before may be given or not."""
+        per_image = self.config.num_static_tokens
+        is_image = input_ids == self.config.image_token_id
+        num_images = 0 if image_features is None else len(image_features)
+        if int(is_image.sum()) != num_images * per_image:
+            is_image = is_image & _from_column(input_ids, start)
+        slots = is_image.sum(dim=1).tolist()
+        uneven = [row for row, count in enumerate(slots) if count % per_image]
+        if sum(slots) != num_images * per_image or uneven:
+            at = f"sample {uneven[0]} has {slots[uneven[0]]} of them; " if uneven else ""
+            raise ValueError(
+                f"Image features and image tokens do not match: {num_images} images, {per_image} `<img>` "
+                f"slot{'s' * (per_image > 1)} each, but {sum(slots)} slots in input_ids ({at}per sample: {slots}). Give "
+                "each sample as many images as its text has `<img>`, or leave the slots to the processor."
+            )
+        rows, columns = is_image.nonzero().T
+        return rows[::per_image], columns[::per_image]
+
+    def _images_before(self, sequence: _Sequence, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """The images each request sees: all of its row that stand before it. Int `[R, I]`, -1 is padding."""
+        seen = (sequence.image_rows == rows[:, None]) & (sequence.image_columns < columns[:, None])  # [R, N]
+        blind = (~seen.any(dim=1)).nonzero().flatten().tolist()
+        if blind:
+            raise ValueError(
+                f"Sample {int(rows[blind[0]])} asks a request where no image stands before it: put `<img>` before "
+                "`<img-d>`, give the sample an image, or leave `<img-d>` out."
+            )
+        most = int(seen.sum(dim=1).max())
+        order = seen.long().argsort(dim=1, descending=True, stable=True)[:, :most]
+        return order.masked_fill(~seen.gather(1, order), -1)
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def _decoder(self) -> nn.Module:
+        """The language model without its head; adapters are inside."""
+        language_model = self.language_model
+        if hasattr(language_model, "get_base_model"):
+            language_model = language_model.get_base_model()
+        return language_model.get_decoder()
+
+    def _read(
+        self,
+        reading: _Reading,
+        embeds: torch.Tensor,
+        valid: torch.Tensor,
+        num_logits: int,
+        output_hidden_states: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...] | None]:
+        """
+        Runs the language model over `embeds` [B, W, d_L] behind the cache, which grows by W columns.
+
+        Returns:
+            last hidden states `[B, W, d_h]`, logits of the last `num_logits` positions (`None` for 0), hidden states.
+        """
+        lengths = reading.mask.sum(dim=1, keepdim=True)
+        positions = (lengths + valid.long().cumsum(dim=1) - 1).clamp(min=0)
+        reading.mask = torch.cat([reading.mask, valid], dim=1)
+        inputs = {"attention_mask": None if bool(reading.mask.all()) else reading.mask.long()}
+        if _accepts(self._decoder.forward, "position_ids"):
+            inputs["position_ids"] = positions
+        head = {"logits_to_keep": num_logits} if _accepts(self.language_model.forward, "logits_to_keep") else {}
+
+        def run(embeds: torch.Tensor, cache: DynamicCache):
+            arguments = dict(inputs, inputs_embeds=embeds, past_key_values=cache, use_cache=True, return_dict=True)
+            if output_hidden_states:
+                arguments["output_hidden_states"] = True
+            if not num_logits:
+                outputs = self._decoder(**arguments)
+                return outputs.last_hidden_state, None, outputs.hidden_states if output_hidden_states else None
+            seen = []
+            hook = self._decoder.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+            try:
+                outputs = self.language_model(**arguments, **head)
+            finally:
+                hook.remove()
+            return seen[0], outputs.logits[:, -num_logits:], outputs.hidden_states if output_hidden_states else None
+
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not output_hidden_states:
+            return self._checkpointed(run, reading, embeds)
+        return run(embeds, reading.cache)
+
+    def _checkpointed(self, run, reading: _Reading, embeds: torch.Tensor):
+        """Keeps a segment's inputs in place of its activations; caches go in and out as tensors, so it can be rerun."""
+
+        def function(embeds: torch.Tensor, *tensors: torch.Tensor):
+            cache = cache_from_tensors(tensors)
+            hidden, logits, _ = run(embeds, cache)
+            return (hidden, logits, *cache_tensors(cache))
+
+        hidden, logits, *tensors = self._gradient_checkpointing_func(function, embeds, *cache_tensors(reading.cache))
+        reading.cache = cache_from_tensors(tuple(tensors))
+        return hidden, logits, None
+
+    def _sweep(
+        self,
+        sequence: _Sequence,
+        past_key_values: DynamicCache | None = None,
+        num_logits: list[int] | None = None,
+        output_hidden_states: bool = False,
+        return_weights: bool = False,
+    ) -> _Reading:
+        """
+        Reads a batch segment by segment: prefix, request, interaction, and on to the next.
+
+        Args:
+            sequence (`_Sequence`): the batch; its dynamic slots are filled on the way.
+            past_key_values (`DynamicCache`, *optional*): columns `[0, sequence.start)`, read before.
+            num_logits (list of `int`, *optional*): for each segment, how many of its last columns need logits; without
+                it the sweep stops at the last request.
+        """
+        embeds, plan, start = sequence.embeds, sequence.plan, sequence.start
+        cache = past_key_values if past_key_values is not None else DynamicCache()
+        reading = _Reading(cache, sequence.attention_mask[:, :start].bool(), [], [], [])
+        for step, segment in enumerate(plan.segments):
+            wanted = num_logits[step] if num_logits is not None else 0
+            if segment.slots is None:
+                if num_logits is not None:
+                    self._read_words(reading, _take(embeds, segment.columns), segment, wanted, output_hidden_states)
+                break
+            requests = self._read_request(
+                reading, _take(embeds, segment.columns), segment, wanted, output_hidden_states
+            )
+            rows = segment.requesting.nonzero().flatten()
+            images = self._images_before(sequence, rows, segment.slots[rows, 0])
+            device = self.ipn.image_token.device
+            tokens, attention = self.ipn(
+                requests[rows].to(device), sequence.features.to(device), images.to(device), return_weights
+            )
+            embeds = embeds.index_put((rows[:, None], segment.slots[rows]), tokens.to(embeds))
+            reading.perceptions.append(
+                {"rows": rows, "requests": requests[rows], "images": images, "tokens": tokens, "attention": attention}
+            )
+        return reading
+
+    def _read_words(
+        self, reading: _Reading, embeds: torch.Tensor, segment: Segment, num_logits: int, output_hidden_states: bool
+    ) -> None:
+        """Reads a segment without its request and leaves padding on the left of every row."""
+        _, logits, hidden_states = self._read(reading, embeds, segment.valid, num_logits, output_hidden_states)
+        self._collect(reading, logits, hidden_states)
+        if not segment.right_aligned:
+            reading.mask = roll_padding_left(reading.cache, reading.mask)
+
+    def _read_request(
+        self, reading: _Reading, embeds: torch.Tensor, segment: Segment, num_logits: int, output_hidden_states: bool
+    ) -> torch.Tensor:
+        """Reads a segment and the request token behind it, and drops the latter. Returns requests `[B, d_h]`."""
+        request = self.ipn.request_token.to(embeds).expand(embeds.shape[0], 1, -1)
+        asking = segment.requesting[:, None]
+        if torch.is_grad_enabled() and not embeds.requires_grad:
+            # Read apart, a prefix that nothing trains through leaves no graph behind.
+            self._read_words(reading, embeds, segment, num_logits, output_hidden_states)
+            hidden, _, _ = self._read(reading, request, asking, 0)
+            reading.cache.crop(-1)
+            reading.mask = reading.mask[:, :-1]
+            return hidden[:, 0]
+        width, lengths = embeds.shape[1], segment.valid.sum(dim=1, keepdim=True)
+        embeds, valid = torch.cat([embeds, request], dim=1), torch.cat([segment.valid, asking], dim=1)
+        place = torch.full_like(lengths, width)
+        if not segment.right_aligned:
+            place, position = lengths, torch.arange(width + 1, device=embeds.device)
+            order = torch.where(position == place, width, position - (position > place).long())
+            embeds, valid = _take(embeds, order), valid.gather(1, order)
+        hidden, logits, hidden_states = self._read(
+            reading, embeds, valid, num_logits + 1 if num_logits else 0, output_hidden_states
+        )
+        if hidden_states is not None:
+            hidden_states = tuple(states[:, :width] for states in hidden_states)
+        self._collect(reading, None if logits is None else logits[:, :-1], hidden_states)
+        if segment.right_aligned:
+            reading.cache.crop(-1)
+            reading.mask = reading.mask[:, :-1]
+        else:
+            first = reading.mask.shape[1] - (width + 1)
+            reading.mask = reading.mask.scatter(1, first + place, False)
+            reading.mask = roll_padding_left(reading.cache, reading.mask)
+        return hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))[:, 0]
+
+    @staticmethod
+    def _collect(reading: _Reading, logits: torch.Tensor | None, hidden_states) -> None:
+        if logits is not None:
+            reading.logits.append(logits)
+        if hidden_states is not None:
+            reading.hidden_states.append(hidden_states)
+
+    # --- forward -----------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_features: ImageFeatures | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        prompt_outputs: LMEyeCausalLMOutputWithPast | None = None,
+        **kwargs,
+    ) -> LMEyeCausalLMOutputWithPast:
+        """
+        Reads words and images, any number of requests included, and scores every position.
+
+        Args:
+            input_ids (int `[batch, seq]`): words and slots, as the processor makes them. With `past_key_values`, the
+                new columns alone, or the whole sequence.
+            pixel_values (`[num_images, channels, height, width]`): in the order of the `<img>` slots, row by row.
+            attention_mask (`[batch, seq]`): 0 at padding, on either side.
+            past_key_values (`DynamicCache`, *optional*): what was read before.
+            inputs_embeds (`[batch, seq, d_L]`): in place of `input_ids`, handed to the language model as they are.
+            labels (int `[batch, seq]`): targets, -100 where there is none. Slots are never targets.
+            logits_to_keep (`int` or int tensor): only the last that many positions (0: all), or these columns.
+            image_features ([`ImageFeatures`]): what `get_image_features` returned, in place of `pixel_values`.
+            prompt_outputs: used by `generate`, for the prompt it has read.
+
+        Raises:
+            ValueError: images and `<img>` slots differ in number; a request stands before any image.
+        """
+        if prompt_outputs is not None and input_ids is None:
+            return prompt_outputs
+        loss_kwargs = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
+        kwargs.update(
+            (name, value)
+            for name, value in (
+                ("output_attentions", output_attentions),
+                ("output_hidden_states", output_hidden_states),
+            )
+            if value
+        )
+        has_images = pixel_values is not None or image_features is not None
+        if inputs_embeds is not None or not (has_images or self._holds_slots(input_ids, past_key_values)):
+            if has_images:
+                raise ValueError("Images are shown in `<img>` slots of input_ids; inputs_embeds has none.")
+            outputs = self._read_plain(
+                input_ids,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                inputs_embeds,
+                use_cache,
+                logits_to_keep,
+                kwargs,
+            )
+            if prompt_outputs is not None:
+                outputs["logits"] = torch.cat([prompt_outputs.logits, outputs["logits"]], dim=1)
+        else:
+            outputs = self._read_with_images(
+                input_ids, attention_mask, pixel_values, image_features, past_key_values, logits_to_keep, kwargs
+            )
+            if labels is not None:
+                labels = labels.masked_fill(self._is_slot(input_ids[:, -labels.shape[1] :]), -100)
+        loss = None
+        if labels is not None:
+            logits = outputs["logits"]
+            loss = self.loss_function(
+                logits=logits, labels=labels.to(logits.device), vocab_size=logits.shape[-1], **loss_kwargs
+            )
+        return LMEyeCausalLMOutputWithPast(loss=loss, **outputs)
+
+    def _holds_slots(self, input_ids: torch.Tensor, past_key_values: Cache | None) -> bool:
+        # A compiled decode step reads one generated token, and no slot can be generated.
+        if torch.compiler.is_compiling() and input_ids.shape[1] == 1 and past_key_values is not None:
+            return False
+        return bool(self._is_slot(input_ids).any())
+
+    def _read_plain(
+        self,
+        input_ids,
+        attention_mask,
+        position_ids,
+        past_key_values,
+        inputs_embeds,
+        use_cache,
+        logits_to_keep,
+        kwargs,
+    ) -> dict[str, Any]:
+        """Words alone: the language model as it is."""
+        inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        optional = {
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        }
+        for name, value in optional.items():
+            if value is not None and _accepts(self.language_model.forward, name):
+                inputs[name] = value
+        outputs = self.language_model(attention_mask=attention_mask, return_dict=True, **inputs, **kwargs)
+        return {
+            "logits": outputs.logits,
+            "past_key_values": outputs.get("past_key_values"),
+            "hidden_states": outputs.get("hidden_states"),
+            "attentions": outputs.get("attentions"),
+        }
+
+    def _read_with_images(
+        self, input_ids, attention_mask, pixel_values, image_features, past_key_values, logits_to_keep, kwargs
+    ) -> dict[str, Any]:
+        """Words and images: one sweep over the segments."""
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions is not available for a sequence with images: it is read in segments, which attend "
+                "over caches of different lengths. `perceive` returns where each request looked."
+            )
+        output_hidden_states = bool(kwargs.get("output_hidden_states"))
+        start = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if start and attention_mask is not None and attention_mask.shape[1] == input_ids.shape[1] + start:
+            past = input_ids.new_zeros(input_ids.shape[0], start)
+            input_ids = torch.cat([past, input_ids], dim=1)
+        sequence = self._lay_out(input_ids, attention_mask, pixel_values, image_features, start)
+        plan = sequence.plan
+        widths = [segment.columns.shape[1] for segment in plan.segments]
+        keep_last = logits_to_keep if isinstance(logits_to_keep, int) and plan.contiguous else 0
+        num_logits = _last_columns(widths, keep_last) if keep_last else widths
+        reading = self._sweep(sequence, past_key_values, num_logits, output_hidden_states)
+        logits = torch.cat(reading.logits, dim=1)
+        hidden_states = None
+        if output_hidden_states:
+            hidden_states = tuple(torch.cat(parts, dim=1) for parts in zip(*reading.hidden_states, strict=True))
+        if not plan.contiguous:
+            order = _column_order(plan, input_ids.shape[1] - start)
+            logits = _take(logits, order)
+            hidden_states = hidden_states and tuple(_take(states, order) for states in hidden_states)
+            if isinstance(logits_to_keep, int) and logits_to_keep:
+                logits = logits[:, -logits_to_keep:]
+        if not isinstance(logits_to_keep, int):
+            logits = logits[:, logits_to_keep]
+        return {
+            "logits": logits,
+            "past_key_values": reading.cache,
+            "hidden_states": hidden_states,
+            "image_hidden_states": sequence.static_tokens,
+        }
+
+    def perceive(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_features: ImageFeatures | None = None,
+        **kwargs,
+    ) -> LMEyePerception:
+        """
+        What the model asks of the images, and what comes back, without generating.
+
+        Args:
+            input_ids, pixel_values, attention_mask, image_features: as in `forward`; other keys of the processor's
+                output are ignored.
+
+        Returns:
+            [`LMEyePerception`]
+
+        Raises:
+            ValueError: there is no image.
+        """
+        if pixel_values is None and image_features is None:
+            raise ValueError("There is nothing to perceive without an image: pass pixel_values or image_features.")
+        with torch.no_grad():
+            sequence = self._lay_out(input_ids, attention_mask, pixel_values, image_features, start=0)
+            found = self._sweep(sequence, return_weights=True).perceptions
+        perception = LMEyePerception(image_features=sequence.features, image_hidden_states=sequence.static_tokens)
+        if not found:
+            return perception
+        most = max(part["images"].shape[1] for part in found)
+        for part in found:
+            missing = most - part["images"].shape[1]
+            part["images"] = nn.functional.pad(part["images"], (0, missing), value=-1)
+            if part["attention"] is not None:
+                part["attention"] = nn.functional.pad(part["attention"], (0, 0, 0, missing))
+        rows = torch.cat([part["rows"] for part in found])
+        order = rows.argsort(stable=True)
+        joined = {
+            name: torch.cat([part[name] for part in found])[order]
+            for name in ("requests", "images", "tokens", "attention")
+            if found[0][name] is not None
+        }
+        perception.requests, perception.dynamic_tokens = joined["requests"], joined["tokens"]
+        perception.request_rows, perception.request_images = rows[order], joined["images"]
+        if "attention" in joined:
+            attention = joined["attention"]
+            side = round(attention.shape[-1] ** 0.5)
+            grid = (side, side) if side * side == attention.shape[-1] else (1, attention.shape[-1])
+            perception.attention_maps = attention.unflatten(-1, grid)
+        return perception
+
+    # --- generate ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_features: ImageFeatures | None = None,
+        **kwargs,
+    ) -> torch.LongTensor | ModelOutput:
+        """
+        Generates as [`~GenerationMixin.generate`] does, with every strategy, streamer and processor it has.
+
+        The prompt is read once per sample - vision tower, prefix, requests and the words behind them - whatever the
+        number of beams or returned sequences; its cache is then expanded, and copied into the kind asked for. The
+        decoding loop holds the prompt's words without its slots, so that no logits processor, stopping criterion,
+        assistant or prompt lookup ever sees a slot.
+
+        Args:
+            inputs or input_ids (int `[batch, seq]`): words and slots. With `past_key_values` of an earlier turn, the
+                whole conversation, as for any other model.
+            generation_config, kwargs: as in [`~GenerationMixin.generate`].
+            pixel_values, image_features: as in `forward`.
+
+        Returns:
+            int `[batch, seq + new]`: prompt, slots included, and new tokens; or the mixin's output holding them.
+        """
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        has_images = pixel_values is not None or image_features is not None
+        if input_ids is None or not (has_images or bool(self._is_slot(input_ids).any())):
+            return super().generate(inputs, generation_config=generation_config, **kwargs)
+        kwargs.pop("input_ids", None)
+        kwargs.pop("labels", None)
+        setting = _settings_reader(kwargs, generation_config, self.generation_config)
+        if setting("output_attentions"):
+            raise ValueError(
+                "output_attentions is not available for a prompt with images: it is read in segments, which attend over "
+                "caches of different lengths. `perceive` returns where each request looked."
+            )
+        input_ids = input_ids.to(self.device)
+        pad_token_id, eos_token_ids = setting("pad_token_id"), _as_list(setting("eos_token_id"))
+        attention_mask = kwargs.pop("attention_mask", None)
+        if attention_mask is None and pad_token_id is not None and pad_token_id not in eos_token_ids:
+            attention_mask = (input_ids != pad_token_id).long()
+        if pad_token_id is None:
+            pad_token_id = eos_token_ids[0] if eos_token_ids else 0
+        prompt_cache, given_cache = None, kwargs.pop("past_key_values", None)
+        if given_cache is not None and given_cache.get_seq_length() > 0:
+            prompt_cache, given_cache = given_cache, None
+        outputs, mask = self._read_prompt(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_features,
+            prompt_cache,
+            bool(setting("output_hidden_states")),
+        )
+
+        words, words_mask = self._words_of(input_ids, attention_mask, pad_token_id)
+        num_hidden = input_ids.shape[1] - words.shape[1]
+        changes: dict[str, Any] = {"use_cache": True, "cache_implementation": None, "prefill_chunk_size": None}
+        new_tokens = setting("max_new_tokens")
+        if new_tokens is None and setting("max_length") is not None:
+            new_tokens = setting("max_length") - input_ids.shape[1]
+            changes["max_length"] = setting("max_length") - num_hidden
+        if setting("min_new_tokens") is None and setting("min_length"):
+            changes["min_length"] = max(setting("min_length") - num_hidden, 0)
+
+        expand = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+        outputs = _repeat_rows(outputs, expand)
+        mask = mask.repeat_interleave(expand, dim=0)
+        kind = setting("cache_implementation")
+        if given_cache is None and kind not in (None, "dynamic", "hybrid"):
+            given_cache = self._empty_cache(kind, mask.shape[1] + (new_tokens or 20), setting("cache_config"))
+        if given_cache is not None:
+            for index, layer in enumerate(outputs.past_key_values.layers):
+                given_cache.update(layer.keys, layer.values, index)
+            outputs.past_key_values = given_cache
+        prompt = PerceivedPrompt(
+            num_words=words.shape[1],
+            attention_mask=None if bool(mask.all()) else mask.long(),
+            position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            outputs=outputs,
+        )
+        if generation_config is None:
+            kwargs.update({name: value for name, value in changes.items() if value is not None})
+            for name, value in changes.items():
+                if value is None:
+                    kwargs.pop(name, None)
+        else:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**changes)
+        result = super().generate(
+            words,
+            generation_config=generation_config,
+            attention_mask=words_mask,
+            past_key_values=outputs.past_key_values,
+            prompt=prompt,
+            **kwargs,
+        )
+        sequences = result if isinstance(result, torch.Tensor) else result.sequences
+        prompts = input_ids.repeat_interleave(sequences.shape[0] // input_ids.shape[0], dim=0)
+        sequences = torch.cat([prompts, sequences[:, words.shape[1] :]], dim=1)
+        if isinstance(result, torch.Tensor):
+            return sequences
+        result.sequences = sequences
+        return result
+
+    def _read_prompt(
+        self, input_ids, attention_mask, pixel_values, image_features, past_key_values, output_hidden_states
+    ) -> tuple[LMEyeCausalLMOutputWithPast, torch.Tensor]:
+        """One sweep over the prompts: logits `[B, 1, vocab]` behind each row's last word, and the cache's mask."""
+        start = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if start >= input_ids.shape[1]:
+            raise ValueError(
+                f"past_key_values holds {start} columns, input_ids only {input_ids.shape[1]}: pass the whole "
+                "conversation, earlier turns included, and at least one new token."
+            )
+        sequence = self._lay_out(input_ids, attention_mask, pixel_values, image_features, start)
+        plan, last = sequence.plan, sequence.plan.segments[-1]
+        num_logits = [0] * len(plan.segments)
+        num_logits[-1] = 1 if last.right_aligned else last.columns.shape[1]
+        reading = self._sweep(sequence, past_key_values, num_logits, output_hidden_states)
+        logits = reading.logits[-1]
+        if not last.right_aligned:
+            logits = _take(logits, last.valid.sum(dim=1, keepdim=True) - 1)
+        hidden_states = None
+        if output_hidden_states:
+            hidden_states = tuple(torch.cat(parts, dim=1) for parts in zip(*reading.hidden_states, strict=True))
+            if not plan.contiguous:
+                order = _column_order(plan, input_ids.shape[1] - start)
+                hidden_states = tuple(_take(states, order) for states in hidden_states)
+        outputs = LMEyeCausalLMOutputWithPast(
+            logits=logits, past_key_values=reading.cache, hidden_states=hidden_states
+        )
+        return outputs, reading.mask
+
+    def _words_of(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prompts without their slots, padded on the left, and their mask."""
+        is_word = ~self._is_slot(input_ids)
+        if attention_mask is not None:
+            is_word &= attention_mask.bool()
+        width = max(1, int(is_word.sum(dim=1).max()))
+        order = is_word.long().argsort(dim=1, stable=True)[:, input_ids.shape[1] - width :]
+        mask = is_word.gather(1, order)
+        return input_ids.gather(1, order).masked_fill(~mask, pad_token_id), mask.long()
+
+    def _empty_cache(self, kind: str, max_cache_len: int, cache_config: dict | None) -> Cache:
+        text_config = self.config.get_text_config(decoder=True)
+        if kind in ("static", "offloaded_static"):
+            return StaticCache(
+                config=text_config, max_cache_len=max_cache_len, offloading=kind.startswith("offloaded")
+            )
+        if kind == "offloaded":
+            return DynamicCache(config=text_config, offloading=True)
+        if kind == "quantized":
+            options = {"config": text_config, **(cache_config or {})}
+            return QuantizedCache(backend=options.pop("backend", "quanto"), **options)
+        raise ValueError(
+            f'cache_implementation="{kind}" is not known for a prompt with images: use "dynamic", "static", "offloaded", '
+            '"offloaded_static" or "quantized", or pass an empty cache as past_key_values.'
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        prompt: PerceivedPrompt | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """
+        Prepares one step as the language model does for itself.
+
+        With a `prompt` that has been read, `input_ids`, `attention_mask` and `position_ids` are those of its words; they
+        are translated into the cache's columns, which hold the slots as well.
+        """
+        inputs: dict[str, Any] = {}
+        if prompt is not None:
+            inputs["prompt_outputs"] = prompt.outputs if is_first_iteration else None
+            new_ids = input_ids[:, prompt.num_words :]
+            num_columns = prompt.position_ids.shape[1] + new_ids.shape[1]
+            next_sequence_length = num_columns - int(past_key_values.get_seq_length())
+            if next_sequence_length == 0:
+                return inputs
+            attention_mask = prompt.attention_mask
+            if attention_mask is not None:
+                attention_mask = torch.cat([attention_mask, attention_mask.new_ones(new_ids.shape)], dim=1)
+            steps = torch.arange(1, new_ids.shape[1] + 1, device=new_ids.device)
+            kwargs["position_ids"] = torch.cat([prompt.position_ids, prompt.position_ids[:, -1:] + steps], dim=1)
+            is_first_iteration = False
+        prepared = self.language_model.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        return {**inputs, **prepared}
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
+        # An assistant drafts from the words alone; the prompt's cache and columns are none of its business.
+        if "prompt" in model_kwargs:
+            words = {name: value for name, value in model_kwargs.items() if name not in ("prompt", "position_ids")}
+            model_kwargs = words
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
+
+def _accepts(function, name: str) -> bool:
+    """Whether `function` has a parameter `name`, by name or through `**kwargs`."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(kind.kind is kind.VAR_KEYWORD for kind in parameters.values())
+
+
+def _take(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Columns `[B, W]` of states `[B, S, D]`: `[B, W, D]`."""
+    return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _from_column(input_ids: torch.Tensor, start: int) -> torch.Tensor:
+    """Bool `[1, S]`: the columns from `start` on."""
+    return (torch.arange(input_ids.shape[1], device=input_ids.device) >= start)[None]
+
+
+def _last_columns(widths: list[int], keep: int) -> list[int]:
+    """Of segments that lie end to end, how many columns of each are among the last `keep`."""
+    counts = []
+    for width in reversed(widths):
+        counts.append(min(width, keep))
+        keep -= counts[-1]
+    return counts[::-1]
+
+
+def _column_order(plan: SegmentPlan, length: int) -> torch.Tensor:
+    """For each column of the batch, its place in the segments laid end to end; padding points at a word. `[B, S]`."""
+    columns = torch.cat([segment.columns for segment in plan.segments], dim=1)
+    valid = torch.cat([segment.valid for segment in plan.segments], dim=1)
+    order = valid.long().argmax(dim=1, keepdim=True).repeat(1, length)
+    start = int(columns[valid].min())
+    rows, places = valid.nonzero().T
+    order[rows, columns[rows, places] - start] = places
+    return order
+
+
+def _as_list(ids) -> list[int]:
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+def _settings_reader(kwargs: dict[str, Any], *configs: GenerationConfig | None):
+    """A function giving a generation setting by name: the call's own, else the first configuration's that has it."""
+
+    def setting(name: str):
+        values = [kwargs.get(name), *(getattr(config, name, None) for config in configs if config is not None)]
+        return next((value for value in values if value is not None), None)
+
+    return setting
+
+
+def _repeat_rows(outputs: LMEyeCausalLMOutputWithPast, repeats: int) -> LMEyeCausalLMOutputWithPast:
+    """Each row `repeats` times, in the cache (changed in place), logits and hidden states."""
+    if repeats == 1:
+        return outputs
+    outputs.past_key_values.batch_repeat_interleave(repeats)
+    outputs.logits = outputs.logits.repeat_interleave(repeats, dim=0)
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(states.repeat_interleave(repeats, dim=0) for states in outputs.hidden_states)
+    return outputs
+
+
+__all__ = ["LMEyeCausalLMOutputWithPast", "LMEyeForConditionalGeneration", "LMEyePerception", "LMEyePreTrainedModel"]

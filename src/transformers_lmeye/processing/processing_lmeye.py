@@ -1,0 +1,361 @@
+"""From pictures and words to the inputs of LMEye, slots included."""
+
+import copy
+import json
+import re
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.image_utils import ImageInput, is_valid_image, load_image
+
+from .chat_templates import build_chat_template
+
+
+IMAGE_TOKEN, REQUEST_TOKEN, DYNAMIC_TOKEN = "<img>", "<img-q>", "<img-d>"
+SLOT_TOKENS = (IMAGE_TOKEN, REQUEST_TOKEN, DYNAMIC_TOKEN)
+FILLER_TOKEN = "<|lmeye_filler_{}|>"
+
+
+def add_slot_tokens(tokenizer, first_slot_id: int) -> None:
+    """
+    Adds `<img>`, `<img-q>` and `<img-d>` to a tokenizer, in place, from `first_slot_id` on; fillers take the ids between.
+
+    Raises:
+        ValueError: the tokenizer cannot give the slots these ids.
+    """
+    num_fillers = first_slot_id - len(tokenizer)
+    contents = [FILLER_TOKEN.format(index) for index in range(num_fillers)] + list(SLOT_TOKENS)
+    tokens = [AddedToken(text, special=True, normalized=False, lstrip=False, rstrip=False) for text in contents]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(list(SLOT_TOKENS))
+    if ids != [first_slot_id + offset for offset in range(len(SLOT_TOKENS))]:
+        raise ValueError(
+            f"The tokenizer gives the slots ids {ids}, the model expects {first_slot_id} and the next two: its vocabulary "
+            "has holes, or knows a slot's name already."
+        )
+
+
+def without_slot_tokens(tokenizer):
+    """A copy of a tokenizer to which slots' names are words like any other (`<img>` is HTML)."""
+    words = copy.deepcopy(tokenizer)
+    state = json.loads(words.backend_tokenizer.to_str())
+    pattern = re.escape(FILLER_TOKEN).replace(r"\{\}", r"\d+")
+    state["added_tokens"] = [
+        token
+        for token in state["added_tokens"]
+        if token["content"] not in SLOT_TOKENS and not re.fullmatch(pattern, token["content"])
+    ]
+    state["truncation"] = state["padding"] = None
+    words._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return words
+
+
+class LMEyeProcessor(ProcessorMixin):
+    r"""
+    An image processor and a tokenizer that knows the slots.
+
+    Texts without slots that come with images are questions: they are put into the chat template (the language model's
+    own, or the released format `Image as evidence: <img>\n Question: {question} <img-d>\nAnswer:`). In texts that have
+    slots, these are respected: `<img>` once per image, `<img-d>` once per request, both multiplied to the number of
+    tokens the model uses, with one space between them. Rows without an image are words and nothing else.
+
+    Args:
+        image_processor: the vision tower's.
+        tokenizer: the language model's, with the slots added.
+        chat_template (`str`): over messages with image and text parts.
+        num_static_tokens (`int`): `<img>` slots per image.
+        num_dynamic_tokens (`int`): `<img-d>` slots per request; 0 for a model without interaction.
+        add_bos (`bool`): whether rows with images start with the tokenizer's bos (the released models do without).
+    """
+
+    _auto_class = "AutoProcessor"
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template: str | None = None,
+        num_static_tokens: int = 1,
+        num_dynamic_tokens: int = 5,
+        add_bos: bool = False,
+    ):
+        self.num_static_tokens = num_static_tokens
+        self.num_dynamic_tokens = num_dynamic_tokens
+        self.add_bos = add_bos
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_token, self.dynamic_token = IMAGE_TOKEN, DYNAMIC_TOKEN
+        self.image_token_id, self.request_token_id, self.dynamic_token_id = tokenizer.convert_tokens_to_ids(
+            list(SLOT_TOKENS)
+        )
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                "The tokenizer does not know the slots: build the processor with from_vision_language_pretrained, or "
+                "call add_slot_tokens first."
+            )
+        self._words_tokenizer = None
+
+    @classmethod
+    def from_vision_language_pretrained(
+        cls,
+        vision_model_name_or_path: str,
+        language_model_name_or_path: str,
+        interaction: str = "clip_text",
+        num_static_tokens: int = 1,
+        num_dynamic_tokens: int = 5,
+        add_bos: bool = False,
+        padding_side: str = "left",
+        trust_remote_code: bool | None = None,
+        vision_revision: str | None = None,
+        language_revision: str | None = None,
+        **hub_kwargs: Any,
+    ) -> "LMEyeProcessor":
+        """
+        The processor of a new model; its arguments are those of the model's own factory.
+
+        Args:
+            vision_model_name_or_path, language_model_name_or_path (`str`): hub ids or folders.
+            interaction (`str`): `"none"` leaves requests out.
+            num_static_tokens, num_dynamic_tokens (`int`): as in [`LMEyeConfig`].
+            add_bos (`bool`): whether rows with images start with the tokenizer's bos.
+            padding_side (`str`): `"left"` for generation; the training collator pads on the right.
+            trust_remote_code, vision_revision, language_revision, hub_kwargs: for the hub.
+        """
+        image_processor = AutoImageProcessor.from_pretrained(
+            vision_model_name_or_path, **hub_kwargs, **({"revision": vision_revision} if vision_revision else {})
+        )
+        language = dict(hub_kwargs, trust_remote_code=trust_remote_code)
+        if language_revision:
+            language["revision"] = language_revision
+        tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, **language)
+        config = AutoConfig.from_pretrained(language_model_name_or_path, **language)
+        add_slot_tokens(tokenizer, max(len(tokenizer), config.get_text_config().vocab_size))
+        tokenizer.padding_side = padding_side
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        has_requests = interaction != "none"
+        return cls(
+            image_processor,
+            tokenizer,
+            chat_template=build_chat_template(tokenizer.chat_template, has_requests),
+            num_static_tokens=num_static_tokens,
+            num_dynamic_tokens=num_dynamic_tokens if has_requests else 0,
+            add_bos=add_bos,
+        )
+
+    def __call__(
+        self,
+        images: ImageInput | list[list[ImageInput]] | None = None,
+        text: str | list[str] | None = None,
+        padding: bool | str = True,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        add_special_tokens: bool | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Args:
+            images: an image (PIL, array, tensor, path or URL); a list of them, one per text or as many as the texts have
+                `<img>`; or a list of lists, `[]` for rows without one.
+            text (`str` or list): questions, or texts with slots.
+            padding, max_length, padding_side, pad_to_multiple_of: as for tokenizers; the batch is padded to its longest.
+            truncation (`bool`): whether to cut texts to `max_length`. A slot is never cut.
+            add_special_tokens (`bool`, *optional*): default: bos alone if `add_bos` in rows with images; in rows of words
+                alone what the tokenizer does.
+            return_tensors (`str`, *optional*): `"pt"` or `"np"`.
+            kwargs: for the image processor.
+
+        Returns:
+            [`BatchFeature`]: `input_ids` and `attention_mask` `[batch, seq]`, `pixel_values`
+            `[num_images, channels, height, width]` in the order of the `<img>` slots.
+
+        Raises:
+            ValueError: images and `<img>` slots of a sample differ in number; dynamic slots are no multiple of
+                `num_dynamic_tokens`; an image is no image; truncation would cut a slot. The message names the sample.
+        """
+        if text is None:
+            raise ValueError("Give a text with the images: a question, or a text with `<img>` slots.")
+        texts = [text] if isinstance(text, str) else list(text)
+        batch_images = self._images_per_text(images, texts)
+        rows = [
+            self._tokenize(index, row_text, len(row_images), add_special_tokens, bool(truncation), max_length)
+            for index, (row_text, row_images) in enumerate(zip(texts, batch_images, strict=True))
+        ]
+        single = isinstance(text, str) and return_tensors is None
+        data = self._pad(rows, padding, max_length, padding_side, pad_to_multiple_of)
+        if single:
+            data = {name: value[0] for name, value in data.items()}
+        flat = [image for row_images in batch_images for image in row_images]
+        if flat:
+            kwargs = {name: value for name, value in kwargs.items() if value is not None and name not in _TEXT_KWARGS}
+            data["pixel_values"] = self.image_processor(flat, return_tensors=return_tensors or "pt", **kwargs)[
+                "pixel_values"
+            ]
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    # --- images ------------------------------------------------------------------------------------------------
+
+    def _images_per_text(self, images, texts: list[str]) -> list[list[Any]]:
+        if images is None:
+            return [[] for _ in texts]
+        if isinstance(images, str) or is_valid_image(images) and not isinstance(images, (list, tuple)):
+            images = [images]
+        if not isinstance(images, (list, tuple)):
+            raise ValueError(f"Sample 0, image 0 is no image but {_describe(images)}: {_IMAGE_REMEDY}")
+        if any(isinstance(entry, (list, tuple)) for entry in images):
+            nested = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+        elif len(texts) == 1:
+            nested = [list(images)]
+        else:
+            counts = [self._count_images(text) for text in texts]
+            if len(images) == len(texts) and all(count in (0, 1) for count in counts):
+                nested = [[] if image is None else [image] for image in images]
+            elif sum(counts) == len(images):
+                remaining = iter(images)
+                nested = [[next(remaining) for _ in range(count)] for count in counts]
+            else:
+                raise ValueError(
+                    f"Image features and image tokens do not match: {len(images)} images for {len(texts)} texts, whose "
+                    f"`<img>` slots number {counts}. Give one image per text, or a list of images for each text."
+                )
+        if len(nested) != len(texts):
+            raise ValueError(
+                f"{len(nested)} lists of images for {len(texts)} texts: give one list, maybe empty, per text."
+            )
+        return [
+            [self._as_image(image, index, place) for place, image in enumerate(entry) if image is not None]
+            for index, entry in enumerate(nested)
+        ]
+
+    def _count_images(self, text: str) -> int:
+        count = text.count(IMAGE_TOKEN)
+        return count // self.num_static_tokens if count % self.num_static_tokens == 0 else count
+
+    @staticmethod
+    def _as_image(image, index: int, place: int):
+        try:
+            if isinstance(image, str):
+                return load_image(image)
+            if is_valid_image(image):
+                return image
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"Sample {index}, image {place} cannot be read ({error}): {_IMAGE_REMEDY}") from error
+        raise ValueError(f"Sample {index}, image {place} is no image but {_describe(image)}: {_IMAGE_REMEDY}")
+
+    # --- text --------------------------------------------------------------------------------------------------
+
+    def _tokenize(
+        self,
+        index: int,
+        text: str,
+        num_images: int,
+        add_special_tokens: bool | None,
+        truncation: bool,
+        max_length: int | None,
+    ) -> list[int]:
+        """Ids of one sample."""
+        if not num_images:
+            if self._words_tokenizer is None:
+                self._words_tokenizer = without_slot_tokens(self.tokenizer)
+            special = True if add_special_tokens is None else add_special_tokens
+            limits = {"truncation": True, "max_length": max_length} if truncation and max_length else {}
+            ids = self._words_tokenizer(text, add_special_tokens=special, **limits)["input_ids"]
+            self._words_tokenizer.backend_tokenizer.no_truncation()
+            return list(ids)
+        if not any(token in text for token in SLOT_TOKENS):
+            content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+            text = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        text = self._multiply_slots(index, text, num_images)
+        special = bool(add_special_tokens)
+        ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        if self.add_bos and not special and ids[:1] != [self.tokenizer.bos_token_id]:
+            ids.insert(0, self.tokenizer.bos_token_id)
+        if truncation and max_length is not None and len(ids) > max_length:
+            left = self.tokenizer.truncation_side == "left"
+            kept, cut = (ids[-max_length:], ids[:-max_length]) if left else (ids[:max_length], ids[max_length:])
+            slots = {self.image_token_id, self.request_token_id, self.dynamic_token_id}
+            if slots & set(cut):
+                raise ValueError(
+                    f"Sample {index} is {len(ids)} tokens long, and truncation to max_length={max_length} would cut a "
+                    "slot: raise max_length, or shorten its text."
+                )
+            return kept
+        return ids
+
+    def _multiply_slots(self, index: int, text: str, num_images: int) -> str:
+        """Writes each slot as often as the model has tokens for it, and checks the numbers."""
+        written = text.count(IMAGE_TOKEN)
+        if written == num_images and self.num_static_tokens > 1:
+            text = text.replace(IMAGE_TOKEN, " ".join([IMAGE_TOKEN] * self.num_static_tokens))
+        elif written != num_images * self.num_static_tokens:
+            raise ValueError(
+                f"Image features and image tokens do not match: sample {index} has {num_images} images and {written} "
+                f"`{IMAGE_TOKEN}` slots. Write `{IMAGE_TOKEN}` once per image, or leave the slots to the processor."
+            )
+        if DYNAMIC_TOKEN not in text:
+            return text
+        if not self.num_dynamic_tokens:
+            raise ValueError(
+                f'Sample {index} has a `{DYNAMIC_TOKEN}` slot, and a model with interaction="none" has no requests: leave '
+                "it out."
+            )
+
+        def multiply(group: re.Match) -> str:
+            count = group.group().count(DYNAMIC_TOKEN)
+            if count == 1:
+                return " ".join([DYNAMIC_TOKEN] * self.num_dynamic_tokens)
+            if count % self.num_dynamic_tokens:
+                raise ValueError(
+                    f"Sample {index} has a run of {count} `{DYNAMIC_TOKEN}` slots, which is no multiple of "
+                    f"num_dynamic_tokens={self.num_dynamic_tokens}: write `{DYNAMIC_TOKEN}` once per request."
+                )
+            return group.group()
+
+        return re.sub(rf"{DYNAMIC_TOKEN}(?:\s*{DYNAMIC_TOKEN})*", multiply, text)
+
+    def _pad(
+        self,
+        rows: list[list[int]],
+        padding: bool | str,
+        max_length: int | None,
+        padding_side: str | None,
+        pad_to_multiple_of: int | None,
+    ) -> dict[str, list[list[int]]]:
+        width = max(map(len, rows), default=0)
+        if padding == "max_length" and max_length is not None:
+            width = max(width, max_length)
+        if pad_to_multiple_of:
+            width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+        pad = padding not in (False, "do_not_pad")
+        if pad and self.tokenizer.pad_token_id is None and any(len(row) < width for row in rows):
+            raise ValueError("The tokenizer has no pad_token: set one, such as its eos_token, to batch texts.")
+        left = (padding_side or self.tokenizer.padding_side) == "left"
+        input_ids, attention_mask = [], []
+        for row in rows:
+            fill = width - len(row) if pad else 0
+            blank, ones = [self.tokenizer.pad_token_id] * fill, [1] * len(row)
+            input_ids.append(blank + row if left else row + blank)
+            attention_mask.append([0] * fill + ones if left else ones + [0] * fill)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+# Arguments the library hands to every processor; they concern other modalities or the tokenizer.
+_TEXT_KWARGS = ("videos", "audio", "return_token_type_ids", "return_mm_token_type_ids", "return_offsets_mapping")
+
+_IMAGE_REMEDY = "give a PIL image, an array or tensor [channels, height, width], a path or a URL."
+
+
+def _describe(value: Any) -> str:
+    shape = f" of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    return f"{type(value).__name__}{shape} {str(value)[:40]!r}"
+
+
+__all__ = ["LMEyeProcessor", "add_slot_tokens"]

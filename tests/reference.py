@@ -1,0 +1,297 @@
+"""What method.md's formulas say, computed the plain way: whole passes over ever longer sequences, one row at a time.
+
+No cache, no padding, no batch, and no code of the package: CLIP is written out below on the tensors of the vision folder, the language
+model is the family's own class loaded from the language folder. Only the trained parameters are taken from the model under test,
+by the names design.md fixes, so that gradients can be compared as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LogitsProcessorList
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Multi-head softmax attention. [Q, D], [K, D], [K, D] -> [Q, D] and weights [heads, Q, K]."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (query, key, value))  # [heads, *, D / heads]
+    scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), float("-inf"))
+    weights = scores.softmax(-1)
+    return (weights @ v).transpose(0, 1).flatten(1), weights
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+class PlainCLIP:
+    """CLIP's two towers from the tensors of a folder."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
+        self.config = json.loads((folder / "config.json").read_text())
+        self.tensors = {name: value.to(dtype) for name, value in load_file(folder / "model.safetensors").items()}
+
+    def _layers(self, x: Tensor, prefix: str, config: dict[str, Any], causal: bool) -> list[Tensor]:
+        """Every layer's output [S, D], the input first."""
+        t = self.tensors
+        states = [x]
+        for index in range(config["num_hidden_layers"]):
+            name = f"{prefix}.encoder.layers.{index}"
+
+            def linear(y: Tensor, part: str, name: str = name) -> Tensor:
+                return y @ t[f"{name}.{part}.weight"].T + t[f"{name}.{part}.bias"]
+
+            y = self._norm(x, f"{name}.layer_norm1")
+            y, _ = attention(
+                linear(y, "self_attn.q_proj"),
+                linear(y, "self_attn.k_proj"),
+                linear(y, "self_attn.v_proj"),
+                config["num_attention_heads"],
+                causal,
+            )
+            x = x + linear(y, "self_attn.out_proj")
+            y = self._norm(x, f"{name}.layer_norm2")
+            x = x + linear(quick_gelu(linear(y, "mlp.fc1")), "mlp.fc2")
+            states.append(x)
+        return states
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return normal * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
+
+    def image(self, pixel_values: Tensor, layer: int = -2) -> tuple[Tensor, Tensor]:
+        """[3, H, W] -> h_I [d_p], projected and not normalised, and the patch tokens of `hidden_states[layer]` [P, d_v]."""
+        t = self.tensors
+        kernel = t["vision_model.embeddings.patch_embedding.weight"]  # [D, 3, p, p]
+        size = kernel.shape[-1]
+        patches = pixel_values.unfold(1, size, size).unfold(2, size, size)  # [3, H / p, W / p, p, p]
+        patches = patches.permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1) @ kernel.flatten(1).T  # [P, D]
+        x = torch.cat([t["vision_model.embeddings.class_embedding"][None], patches])
+        x = self._norm(x + t["vision_model.embeddings.position_embedding.weight"], "vision_model.pre_layrnorm")
+        states = self._layers(x, "vision_model", self.config["vision_config"], causal=False)
+        pooled = self._norm(states[-1][0], "vision_model.post_layernorm")
+        return t["visual_projection.weight"] @ pooled, states[layer][1:]
+
+    def soft_text(self, soft: Tensor, bos: int, eos: int) -> Tensor:
+        """The text tower over [bos, soft tokens [n, d_t], eos] -> projected output at eos [d_p]. Section "Variant 1", step 5."""
+        t = self.tensors
+        table = t["text_model.embeddings.token_embedding.weight"]
+        positions = t["text_model.embeddings.position_embedding.weight"]
+        first, last = table[bos] + positions[0], table[eos] + positions[len(soft) + 1]
+        x = torch.cat([first[None], soft, last[None]])
+        x = self._layers(x, "text_model", self.config["text_config"], causal=True)[-1]
+        return t["text_projection.weight"] @ self._norm(x, "text_model.final_layer_norm")[-1]
+
+
+@dataclass
+class Finished:
+    """A row with every slot filled."""
+
+    embeds: Tensor  # [S, d_L]
+    requests: list[Tensor]  # each [d_L]
+    dynamic: list[Tensor]  # each [k, d_L]
+    attention: list[Tensor]  # each [layers, request vectors, images x patches], mean over heads; empty where there is none
+
+
+class Reference:
+    """Two-full-pass LMEye over the folders of its backbones and the IPN's parameters.
+
+    Args:
+        vision (`Path`), language (`Path`): folders the model under test was built from.
+        model: the model under test, read only for `model.config` and `model.ipn`'s parameters.
+    """
+
+    def __init__(self, vision: Path, language: Path, model: Any, dtype: torch.dtype = torch.float32):
+        self.clip = PlainCLIP(vision, dtype)
+        self.language_model = AutoModelForCausalLM.from_pretrained(language, dtype=dtype).eval().requires_grad_(False)
+        self.config = model.config
+        self.p: dict[str, Tensor] = dict(model.ipn.named_parameters())
+        text = self.clip.config["text_config"]
+        rows = text["vocab_size"]
+        self.clip_bos, self.clip_eos = rows - 2, rows - 1  # CLIP's own vocabulary ends in its bos and eos
+
+    def last_hidden_state(self, embeds: Tensor) -> Tensor:
+        """One whole pass over [S, d_L]; what the family's own head is given at the last position. [d_L]"""
+        seen: list[Tensor] = []
+        head = self.language_model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self.language_model(inputs_embeds=embeds[None], use_cache=False)
+        finally:
+            handle.remove()
+        return seen[0][0, -1]
+
+    def logits(self, embeds: Tensor) -> Tensor:
+        """One whole pass over [S, d_L]. -> [S, V]"""
+        return self.language_model(inputs_embeds=embeds[None], use_cache=False).logits[0]
+
+    def words(self, ids: Tensor) -> Tensor:
+        return self.language_model.get_input_embeddings()(ids)
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self.p[f"{name}.weight"], self.p[f"{name}.bias"])
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return normal * self.p[f"{name}.weight"] + self.p[f"{name}.bias"]
+
+    def static(self, pooled: Tensor, patches: Tensor) -> Tensor:
+        """Step 1: e_img = t_img + W_a h_I + b_a; or what learned queries read from the patches. -> [n, d_L]"""
+        t_img = self.p["image_token"]
+        if self.config.visual_mapping == "linear":
+            return t_img + self.linear(pooled, "visual_mapping").view_as(t_img)
+        context = self.placed(patches, "visual_mapping.patch_projection")
+        states, _ = self.stack(self.p["visual_mapping.stack.queries"], context, "visual_mapping.stack")
+        return t_img + self.linear(states, "visual_mapping.output")
+
+    def dynamic(self, request: Tensor, images: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
+        """Steps 3 to 6 for one request [d_h] and the images before it. -> [k, d_L], attention weights or None"""
+        if not self.config.use_request:
+            request = torch.zeros_like(request)
+        answer, weights = {"clip_text": self.clip_text, "cross_attention": self.cross_attention}[
+            self.config.interaction
+        ](request, images)
+        e_req = self.p["request_token"]  # step 6: e_d(j) = e_req + (W_d y + b_d), reshaped to [k, d_L]
+        return e_req + self.linear(answer, "dynamic_projection").view(self.config.num_dynamic_tokens, -1), weights
+
+    def clip_text(self, request: Tensor, images: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, None]:
+        """Variant 1, steps 3 to 5. -> y [d_p]"""
+        h_r = self.linear(request, "request_projection")  # [d_t]
+        h_f = [self.linear(pooled, "fine_grained_projection").view(-1, h_r.shape[-1]) for pooled, _ in images]
+        return self.clip.soft_text(torch.cat([*h_f, h_r[None]]), self.clip_bos, self.clip_eos), None
+
+    def placed(self, features: Tensor, name: str) -> Tensor:
+        """Normalised and mapped features [P, d_v] plus two-dimensional sinusoids: half of the width for the row, half for the
+        column, sines before cosines, wavelengths from 2 pi to 200 pi patches. -> [P, d_i]"""
+        x = self.linear(self.norm(features, f"{name}.norm"), f"{name}.linear")
+        count, quarter = len(x), x.shape[-1] // 4
+        side = round(count**0.5)
+        columns = side if side * side == count else count
+        codes = []
+        for patch in range(count):
+            code: list[float] = []
+            for place in divmod(patch, columns):
+                turns = [place * 100 ** (-i / (quarter - 1)) for i in range(quarter)]
+                code += [math.sin(turn) for turn in turns] + [math.cos(turn) for turn in turns]
+            codes.append(code)
+        return x + torch.tensor(codes)
+
+    def stack(self, states: Tensor, context: Tensor, name: str) -> tuple[Tensor, list[Tensor]]:
+        """Pre-normalised blocks of self-attention, cross-attention and feed-forward, and a last norm. [m, d_i], [K, d_i]"""
+        heads, weights = self.config.interaction_num_heads, []
+        for index in range(self.config.interaction_num_layers):
+            block = f"{name}.blocks.{index}"
+
+            def attend(queries: Tensor, keys: Tensor, part: str, block: str = block) -> tuple[Tensor, Tensor]:
+                q = self.linear(queries, f"{block}.{part}.query")
+                k, v = self.linear(keys, f"{block}.{part}.key"), self.linear(keys, f"{block}.{part}.value")
+                out, seen = attention(q, k, v, heads)
+                return self.linear(out, f"{block}.{part}.output"), seen
+
+            x = self.norm(states, f"{block}.self_attention_norm")
+            states = states + attend(x, x, "self_attention")[0]
+            out, seen = attend(self.norm(states, f"{block}.cross_attention_norm"), context, "cross_attention")
+            states = states + out
+            weights.append(seen.mean(0))
+            x = self.linear(self.norm(states, f"{block}.feed_forward_norm"), f"{block}.feed_forward.0")
+            x = 0.5 * x * (1 + torch.erf(x / 2**0.5))
+            states = states + self.linear(x, f"{block}.feed_forward.2")
+        return self.norm(states, f"{name}.norm"), weights
+
+    def cross_attention(self, request: Tensor, images: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Variant 3: request vectors read the features of all images. -> last k vectors [k, d_i], attention [layers, m, K]"""
+        patch = self.config.fine_grained_source == "patch"
+        context = torch.cat(
+            [self.placed(patches if patch else pooled[None], "fine_grained_projection") for pooled, patches in images]
+        )
+        x = self.linear(self.norm(request, "request_projection.0"), "request_projection.1")
+        queries = self.p["interaction.queries"] + x.view(self.config.num_request_vectors, -1)
+        states, weights = self.stack(queries, context, "interaction")
+        return states[-self.config.num_dynamic_tokens :], torch.stack(weights)
+
+    def finish(self, ids: list[int], images: Tensor | None = None) -> Finished:
+        """A row's ids [S] and its pictures [n, 3, H, W] -> every slot's embedding, with one whole first pass per request."""
+        features = [self.clip.image(x, self.config.vision_feature_layer) for x in (() if images is None else images)]
+        config = self.config
+        done = Finished(self.words(torch.tensor([], dtype=torch.long)), [], [], [])
+        static: list[Tensor] = []
+        dynamic: list[Tensor] = []
+        seen = 0
+        for token in ids:
+            if token == config.image_token_id:
+                if not static:
+                    static = list(self.static(*features[seen]))
+                    seen += 1
+                new = static.pop(0)
+            elif token == config.dynamic_token_id:
+                if not dynamic:
+                    request = self.last_hidden_state(torch.cat([done.embeds, self.p["request_token"][None]]))
+                    answer, weights = self.dynamic(request, features[:seen])
+                    done.requests.append(request)
+                    done.dynamic.append(answer)
+                    if weights is not None:
+                        done.attention.append(weights)
+                    dynamic = list(answer)
+                new = dynamic.pop(0)
+            else:
+                new = self.words(torch.tensor(token))
+            done.embeds = torch.cat([done.embeds, new[None]])
+        if static or dynamic or seen != len(features):
+            raise AssertionError("the test's row has slots left over")
+        return done
+
+    def loss(self, rows: list[tuple[list[int], list[int], Tensor | None]]) -> Tensor:
+        """Mean next-token loss over every target of every row; rows are (ids, labels, pictures)."""
+        total, count = torch.zeros(()), 0
+        for ids, labels, images in rows:
+            log_p = self.logits(self.finish(ids, images).embeds).float().log_softmax(-1)
+            for position in range(1, len(labels)):
+                if labels[position] != -100:
+                    total = total - log_p[position - 1, labels[position]]
+                    count += 1
+        return total / count
+
+    def generate(self, ids: list[int], images: Tensor | None = None, **kwargs: Any) -> list[int]:
+        """New ids: the plain language model continues the finished sequence."""
+        with torch.no_grad():
+            embeds = self.finish(ids, images).embeds[None]
+            out = self.language_model.generate(
+                inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long), **kwargs
+            )
+        return out[0].tolist() if len(out) == 1 else out.tolist()
+
+    def generate_batch(self, rows: list[tuple[list[int], Tensor | None]], **kwargs: Any) -> list[list[int]]:
+        """New ids of several rows at once, so that sampling draws as one batch draws: finished rows, padded on the left."""
+        with torch.no_grad():
+            finished = [self.finish(ids, images).embeds for ids, images in rows]
+            width = max(len(x) for x in finished)
+            embeds = torch.stack([F.pad(x, (0, 0, width - len(x), 0)) for x in finished])
+            mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in finished])
+            return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs).tolist()
+
+    def greedy(
+        self, ids: list[int], images: Tensor | None, max_new_tokens: int, processors: LogitsProcessorList
+    ) -> list[int]:
+        """Greedy decoding written out, without a cache; `processors` see the row's words and the new ids, and no slot."""
+        slots = {self.config.image_token_id, self.config.dynamic_token_id}
+        words = [token for token in ids if token not in slots]
+        new: list[int] = []
+        with torch.no_grad():
+            embeds = self.finish(ids, images).embeds
+            for _ in range(max_new_tokens):
+                scores = processors(torch.tensor([words + new]), self.logits(embeds)[-1:].float())
+                new.append(int(scores.argmax()))
+                embeds = torch.cat([embeds, self.words(torch.tensor(new[-1:]))])
+        return new
