@@ -206,7 +206,7 @@ CHAT_TEMPLATE = (
 
 _WORDS = (
     "<pad> <s> </s> <unk> . , ? : < > / - [ ] ! img d q Image as evidence is Question Answer Human Assistant user assistant system "
-    "what the man doing where a cat dog on red blue green house in of and see yes no how many"
+    "what the man doing where who it a cat dog on red blue green house in of and see yes no how many"
 ).split()
 
 

@@ -353,7 +353,7 @@ def test_publishing_an_ipn_of_published_backbones(build, monkeypatch):
         assert f"- {base}" in front_matter and base in text
     assert "base_model:" in front_matter and "license:" in front_matter and "image-text-to-text" in front_matter
     for word in ("bias", "toxic", "made up", "icence"):
-        assert word in text
+        assert word in " ".join(text.split())
 
 
 def test_weights_without_a_source_cannot_be_saved_alone(build, tmp_path):

@@ -11,11 +11,13 @@ LAYOUTS = {
     "several_images": "2 img 1 img 3 req 2 =3",
     "spaced_slots": "2 img 3 req~ 2 =3",
     "request_first_and_last": "img req =2 1 req",
+    "requests_in_a_row": "2 img req req 1 =2",
+    "no_request": "2 img 4 =3",
 }
 PROMPTS = {"one_turn": "3 img 9 req 2", "three_turns": "img 3 req 1 3 2 req 1 3 1 img 2 req 1", "ends_in_request": "img 5 req"}
 # Rows of unlike lengths, turns and pictures; the second is plain words.
-MIXED = ["2 img 6 req 2 =4", "4 =3", "img 3 req 1 =3 2 req 1 =3 1 img 2 req 1 =2", "1 img 1 img 2 req~ 1 =6 3"]
-MIXED_PROMPTS = ["2 img 6 req 2", "7", "img 3 req 1 3 2 req 1 3 1 img 2 req 1", "1 img 1 img 2 req~ 1"]
+MIXED = ["2 img 6 req 2 =4", "4 =3", "img 3 req 1 =3 2 req 1 =3 1 img 2 req 1 =2", "1 img 1 img 2 req~ 1 =6 3", "img 1 =2"]
+MIXED_PROMPTS = ["2 img 6 req 2", "7", "img 3 req 1 3 2 req 1 3 1 img 2 req 1", "1 img 1 img 2 req~ 1", "img 3"]
 STRATEGIES = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -89,6 +91,16 @@ def test_loss_and_gradients_of_a_mixed_batch(build, reference, family, interacti
     for name, ours, theirs in zip(trained, got, expected, strict=True):
         assert float(theirs.abs().max()) > 0, f"{name} has no part in the loss: the test would pass on anything"
         assert_same(ours, theirs, name)
+
+
+@pytest.mark.parametrize("layouts", [["img 3 =2", "2 img 1 img =3"], ["img 2 req =3", "img 9 req =1"]], ids=["images", "requests"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", ["llama", "mpt", "gpt2"])
+def test_batches_of_one_kind(build, reference, family, padding, layouts):
+    """Every row with images and no request; every row with one request, last or far behind."""
+    model = build(family, "cross_attention")
+    rows, pictures = rows_of(model, layouts)
+    assert_logits(model, reference(model, family), rows, pictures, padding)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -323,10 +335,11 @@ def test_processors_and_criteria_see_words_alone(build, options):
     words = [[token for token in ids if token not in slots] for ids, _, _ in rows]
     width = max(map(len, words))
     beams = options.get("num_beams", 1)
-    expected = [[0] * (width - len(row)) + row for row in words for _ in range(beams)]
+    padded = [[0] * (width - len(row)) + row for row in words]
     assert len(seen) >= 2 * 5 - 1
-    for ids in seen:
-        assert [row[:width] for row in ids] == expected
+    for ids in seen:  # beam search shows criteria its candidates, which are more than the beams
+        each = len(ids) // len(padded)
+        assert [row[:width] for row in ids] == [row for row in padded for _ in range(each)]
         assert all(token < tiny.TABLE_ROWS for row in ids for token in row)
     if beams == 1:
         assert [row[width:] for row in seen[-1]] == out[:, inputs["input_ids"].shape[1] :].tolist()
@@ -401,6 +414,63 @@ def test_every_strategy(build, reference, family, options):
     got = model.generate(**inputs, pixel_values=pictures, max_new_tokens=8, **options)
     assert got[:, inputs["input_ids"].shape[1] :].tolist() == expected
     assert int(got[:, inputs["input_ids"].shape[1] :].max()) < tiny.TABLE_ROWS
+
+
+def test_ways_to_call_generate(build, reference):
+    """A GenerationConfig, positional ids, no mask, no limit: all that plain models take."""
+    from transformers import GenerationConfig
+
+    model = build()
+    ((ids, _, images),), _ = rows_of(model, ["2 img 6 req 2"])
+    plain, prompt = reference(model), torch.tensor([ids])
+    expected = plain.generate(ids, images, num_beams=3, max_new_tokens=6)
+    config = GenerationConfig(num_beams=3, max_new_tokens=6, eos_token_id=2, pad_token_id=0, bos_token_id=1)
+    before = config.to_dict()
+    assert model.generate(prompt, generation_config=config, pixel_values=images)[0].tolist() == ids + expected
+    assert config.to_dict() == before, "the caller's configuration was changed"
+    assert model.generate(prompt, config, pixel_values=images)[0].tolist() == ids + expected
+    config = GenerationConfig(max_new_tokens=6, num_beams=1, eos_token_id=2, pad_token_id=0, bos_token_id=1)
+    got = model.generate(inputs=prompt, pixel_values=images, generation_config=config, num_beams=3)
+    assert got[0].tolist() == ids + expected
+    with torch.inference_mode():
+        got = model.generate(input_ids=prompt, pixel_values=images, num_beams=3, max_new_tokens=6)
+    assert got[0].tolist() == ids + expected
+    text = torch.randint(tiny.FIRST_WORD, tiny.TABLE_ROWS, (1, len(ids)))
+    default = model.generate(input_ids=text, attention_mask=torch.ones_like(text), eos_token_id=-1).shape
+    got = model.generate(input_ids=prompt, pixel_values=images, attention_mask=torch.ones_like(prompt), eos_token_id=-1)
+    assert got.shape == default, "the default limit is another with images than without"
+
+
+def test_stop_strings(build, reference, folders):
+    from transformers_lmeye import LMEyeProcessor
+
+    model = build()
+    tokenizer = LMEyeProcessor.from_vision_language_pretrained(str(folders.vision()), str(folders.language())).tokenizer
+    ((ids, _, images),), _ = rows_of(model, ["2 img 6 req 2"])
+    expected = reference(model).generate(ids, images, max_new_tokens=8, eos_token_id=-1)
+    stop = expected[:3]
+    (word,) = tokenizer.convert_ids_to_tokens(stop[2:])
+    got = model.generate(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        pixel_values=images,
+        max_new_tokens=8,
+        eos_token_id=-1,
+        stop_strings=[word],
+        tokenizer=tokenizer,
+    )
+    first = next(i for i, token in enumerate(expected) if token == stop[2])
+    assert got[0, len(ids) :].tolist() == expected[: first + 1]
+
+
+def test_tuples(build):
+    model = build()
+    rows, pictures = rows_of(model, MIXED)
+    inputs = tiny.batch([(ids, labels) for ids, labels, _ in rows], "left")
+    with torch.no_grad():
+        named = model(**inputs, pixel_values=pictures)
+        loss, logits, *_ = model(**inputs, pixel_values=pictures, return_dict=False)
+    assert torch.equal(loss, named.loss) and torch.equal(logits, named.logits)
 
 
 def test_slots_are_never_generated(build):

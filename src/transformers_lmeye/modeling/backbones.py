@@ -95,6 +95,8 @@ def load_backbones(
         )
         config.clip_text_config = parts["clip_text_model"].config
     config.vision_config, config.text_config = tower.config, language_model.config
+    for part in parts.values():
+        part.config._name_or_path = ""  # the sources are in config.backbones; a published file needs no local path
     return parts
 
 
@@ -130,11 +132,17 @@ class LMEyeCheckpointMixin:
                 model takes no `inputs_embeds`.
         """
         vision_kwargs, language_kwargs = _split_loading_kwargs(kwargs)
+        unknown = kwargs.keys() - inspect.signature(LMEyeConfig).parameters.keys()
+        if unknown:
+            raise TypeError(
+                f"{', '.join(sorted(unknown))}: neither a field of LMEyeConfig nor an argument of from_pretrained. "
+                "One meant for a single backbone is prefixed vision_ or language_."
+            )
         vision_config, clip_text_config = load_clip_config(vision_model_name_or_path, **_hub_kwargs(vision_kwargs))
         if interaction == "clip_text" and clip_text_config is None:
             raise ValueError(
-                f'interaction="clip_text" needs CLIP\'s text encoder, and {vision_model_name_or_path} is a vision tower '
-                'alone: give a whole CLIP, or choose interaction="cross_attention".'
+                f'interaction="clip_text" needs CLIP\'s text encoder, and {vision_model_name_or_path} is a vision '
+                'tower alone: give a whole CLIP, or choose interaction="cross_attention".'
             )
         text_config = AutoConfig.from_pretrained(
             language_model_name_or_path,
@@ -201,7 +209,9 @@ class LMEyeCheckpointMixin:
                     "holds the IPN alone (save_pretrained(..., save_backbones=False))."
                 )
             extra = {} if config is None else {"config": config}
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **extra, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **extra, **kwargs)
+            (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_backbones()
+            return loaded
         locations = {"vision": vision_model_name_or_path, "language": language_model_name_or_path}
         return cls._from_interactive_perception_network(
             pretrained_model_name_or_path, own, locations, backbone_trust_remote_code, kwargs
@@ -225,8 +235,8 @@ class LMEyeCheckpointMixin:
                 check_fingerprint(role, sources[role], recorded["fingerprint"], **hub)
             except OSError as error:
                 raise OSError(
-                    f"The {role} model of this IPN is not at {sources[role]}: pass {role}_model_name_or_path= where its "
-                    "weights are."
+                    f"The {role} model of this IPN is not at {sources[role]}: pass {role}_model_name_or_path= where "
+                    "its weights are."
                 ) from error
         model = cls(config, **load_backbones(config, *sources.values(), vision_kwargs, language_kwargs))
         expected = model.interactive_perception_state_dict()
@@ -264,7 +274,8 @@ class LMEyeCheckpointMixin:
 
         Args:
             save_directory (`str`): a folder.
-            save_backbones (`bool`): `False` saves the IPN alone, with the backbones' names, revisions and fingerprints.
+            save_backbones (`bool`): `False` saves the IPN alone, with the backbones' names, revisions and
+                fingerprints.
             args, kwargs: as in `PreTrainedModel.save_pretrained`.
 
         Raises:
@@ -275,8 +286,8 @@ class LMEyeCheckpointMixin:
         folder = Path(save_directory)
         if not save_backbones and not self.config.backbones:
             raise ValueError(
-                "The backbones of this model were not loaded from a checkpoint, so an IPN saved alone could never find "
-                "them again: build the model with from_vision_language_pretrained, or save it whole."
+                "The backbones of this model were not loaded from a checkpoint, so an IPN saved alone could never "
+                "find them again: build the model with from_vision_language_pretrained, or save it whole."
             )
         if folder.is_file():
             raise ValueError(f"{folder} is a file; save_pretrained needs a folder.")
@@ -369,9 +380,9 @@ license: apache-2.0
 
 # LMEye: {vision} and {language}
 
-An interactive perception network ([arXiv 2305.03701](https://arxiv.org/abs/2305.03701)) between a frozen vision tower,
-{vision}, and a frozen language model, {language}. Interaction: `{config.interaction}`. This repository holds the network
-and {contents}.
+An interactive perception network ([arXiv 2305.03701](https://arxiv.org/abs/2305.03701)) between a frozen vision
+tower, {vision}, and a frozen language model, {language}. Interaction: `{config.interaction}`. This repository holds
+the network and {contents}.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -387,8 +398,8 @@ The network is under Apache-2.0. The vision tower and the language model keep th
 which bind whoever uses them here.
 
 ## Limitations
-The language model is used as it is, so its biases and its toxicity come along. What it says of a picture may be made up:
-do not rely on an answer where being wrong does harm. Pictures unlike those it was trained on are read worse.
+The language model is used as it is, so its biases and its toxicity come along. What it says of a picture may be made
+up: do not rely on an answer where being wrong does harm. Pictures unlike those it was trained on are read worse.
 """
 
 

@@ -33,7 +33,8 @@ class LMEyeConfig(PreTrainedConfig):
         visual_mapping (`str`): the static perception. `"linear"`: the global image feature mapped by one matrix.
             `"resampler"`: learned queries attend to the patches, whatever is asked.
         num_static_tokens (`int`): `<img>` slots per image.
-        num_dynamic_tokens (`int`): `<img-d>` slots per request, *k* in the paper (5 for LLaMA and BLOOMZ, 1 for OPT-IML).
+        num_dynamic_tokens (`int`): `<img-d>` slots per request, *k* in the paper (5 for LLaMA and BLOOMZ, 1 for
+            OPT-IML).
         fine_grained_source (`str`): what the interaction sees of an image: `"global"`, the projected image feature, or
             `"patch"`, the vision tower's patch tokens. Default: `"global"` for `clip_text`, else `"patch"`.
         vision_feature_layer (`int`): index into the vision tower's `hidden_states` that patch tokens are taken from.

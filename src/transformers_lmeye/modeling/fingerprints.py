@@ -64,8 +64,8 @@ def fingerprint(name_or_path: str, **hub_kwargs: Any) -> dict[str, Any]:
 
     Returns:
         `dict`: `"sampled"`, a hash over names, shapes and up to 4,096 evenly spaced values of every tensor (values
-        rounded to bfloat16, so that a half-precision copy of the files has the same one); and `"sha256"`, the hub's own
-        hash of each file, where the files come from the hub.
+        rounded to bfloat16, so that a bfloat16 copy of the files has the same one); and `"sha256"`, the hub's own hash
+        of each file, where the files come from the hub.
     """
     files = weight_files(name_or_path, **hub_kwargs)
     digest = hashlib.sha256()
@@ -128,8 +128,9 @@ def check_fingerprint(role: str, name_or_path: str, recorded: dict[str, Any], **
         return
     raise ValueError(
         f"The {role} model at {name_or_path} is not the one this IPN was trained on: its weights' fingerprint is "
-        f"{found['sampled'][:12]}, recorded is {recorded['sampled'][:12]}. Pass {role}_model_name_or_path= the location "
-        "of the original weights (any dtype, sharding or quantisation of them will do), or train the IPN again."
+        f"{found['sampled'][:12]}, recorded is {recorded['sampled'][:12]}. Pass {role}_model_name_or_path= the "
+        "location of the original weights (any dtype, sharding or quantisation of them will do), or train the IPN "
+        "again."
     )
 
 

@@ -1,8 +1,8 @@
 """The Interactive Perception Network: everything LMEye trains (arXiv 2305.03701, section 3).
 
-Shapes: `N` images, `R` requests, `I` images a request sees at most, `P` patches, `k` dynamic tokens, `d_L` width of the
-language model's input embeddings, `d_h` width of its last hidden state, `d_p` CLIP's projection width, `d_t` width of
-the CLIP text encoder, `d_i` width of the cross-attention stack.
+Shapes: `N` images, `R` requests, `I` images a request sees at most, `P` patches, `k` dynamic tokens, `d_L` width of
+the language model's input embeddings, `d_h` width of its last hidden state, `d_p` CLIP's projection width, `d_t` width
+of the CLIP text encoder, `d_v` width of its vision tower, `d_i` width of the cross-attention stack.
 """
 
 import math
@@ -154,7 +154,8 @@ class CrossAttentionStack(nn.Module):
             context_mask (bool `[B, K]`, *optional*): `False` at features that are padding.
 
         Returns:
-            the vectors after the last block, `[B, m, d_i]`, and each block's attention `[B, heads, m, K]` if asked for.
+            the vectors after the last block, `[B, m, d_i]`, and each block's attention `[B, heads, m, K]` if asked
+            for.
         """
         states = self.queries.expand(context.shape[0], -1, -1)
         if requests is not None:

@@ -6,6 +6,7 @@ in the image -> dynamic tokens in the `<img-d>` slots -> answer. See `segments.p
 """
 
 import copy
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from .backbones import (
     language_model_widths,
 )
 from .configuration_lmeye import LMEyeConfig
-from .interactive_perception import ImageFeatures, InteractivePerceptionNetwork
+from .interactive_perception import ImageFeatures, InteractivePerceptionNetwork, patch_grid
 from .segments import Segment, SegmentPlan, cache_from_tensors, cache_tensors, plan_segments, roll_padding_left
 
 
@@ -191,8 +192,7 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
             clip_text_model=clip_text_model,
         )
         self.gradient_checkpointing = False
-        for backbone in self.backbones():
-            backbone.requires_grad_(False)
+        self.freeze_backbones()
         self.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
         self.post_init()
         self.train(False)
@@ -205,6 +205,11 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         if self.config.interaction == "clip_text":
             frozen.append(self.ipn.interaction)
         return frozen
+
+    def freeze_backbones(self) -> None:
+        """Takes the backbones out of training for good; the IPN is left as it is."""
+        for backbone in self.backbones():
+            backbone.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "LMEyeForConditionalGeneration":
         """Sets the IPN's mode. The backbones stay in eval mode: frozen means without dropout, too."""
@@ -241,8 +246,8 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
             counts[part] = counts.get(part, 0) + parameter.numel()
         if not counts:
             raise ValueError(
-                f'interaction="{self.config.interaction}" has nothing to train in stage "{stage}": its only parameters '
-                'are those of stage "pretrain".'
+                f'interaction="{self.config.interaction}" has nothing to train in stage "{stage}": its only '
+                'parameters are those of stage "pretrain".'
             )
         total = sum(counts.values())
         parts = ", ".join(f"ipn.{part} {count:,}" for part, count in counts.items())
@@ -261,6 +266,12 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_output_embeddings(value)
+
+    def enable_input_require_grads(self) -> None:
+        """Does nothing: gradients start at the IPN's own parameters, and segments are checkpointed without reentry."""
+
+    def disable_input_require_grads(self) -> None:
+        """Does nothing, likewise."""
 
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError(
@@ -345,8 +356,8 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
             at = f"sample {uneven[0]} has {slots[uneven[0]]} of them; " if uneven else ""
             raise ValueError(
                 f"Image features and image tokens do not match: {num_images} images, {per_image} `<img>` "
-                f"slot{'s' * (per_image > 1)} each, but {sum(slots)} slots in input_ids ({at}per sample: {slots}). Give "
-                "each sample as many images as its text has `<img>`, or leave the slots to the processor."
+                f"slot{'s' * (per_image > 1)} each, but {sum(slots)} slots in input_ids ({at}per sample: {slots}). "
+                "Give each sample as many images as its text has `<img>`, or leave the slots to the processor."
             )
         rows, columns = is_image.nonzero().T
         return rows[::per_image], columns[::per_image]
@@ -416,7 +427,7 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         return run(embeds, reading.cache)
 
     def _checkpointed(self, run, reading: _Reading, embeds: torch.Tensor):
-        """Keeps a segment's inputs in place of its activations; caches go in and out as tensors, so it can be rerun."""
+        """Keeps a segment's inputs in place of its activations; caches go in and out as tensors, so it can rerun."""
 
         def function(embeds: torch.Tensor, *tensors: torch.Tensor):
             cache = cache_from_tensors(tensors)
@@ -719,9 +730,7 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         perception.request_rows, perception.request_images = rows[order], joined["images"]
         if "attention" in joined:
             attention = joined["attention"]
-            side = round(attention.shape[-1] ** 0.5)
-            grid = (side, side) if side * side == attention.shape[-1] else (1, attention.shape[-1])
-            perception.attention_maps = attention.unflatten(-1, grid)
+            perception.attention_maps = attention.unflatten(-1, patch_grid(attention.shape[-1]))
         return perception
 
     # --- generate ----------------------------------------------------------------------------------------------
@@ -761,8 +770,8 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         setting = _settings_reader(kwargs, generation_config, self.generation_config)
         if setting("output_attentions"):
             raise ValueError(
-                "output_attentions is not available for a prompt with images: it is read in segments, which attend over "
-                "caches of different lengths. `perceive` returns where each request looked."
+                "output_attentions is not available for a prompt with images: it is read in segments, which attend "
+                "over caches of different lengths. `perceive` returns where each request looked."
             )
         input_ids = input_ids.to(self.device)
         pad_token_id, eos_token_ids = setting("pad_token_id"), _as_list(setting("eos_token_id"))
@@ -886,8 +895,8 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
             options = {"config": text_config, **(cache_config or {})}
             return QuantizedCache(backend=options.pop("backend", "quanto"), **options)
         raise ValueError(
-            f'cache_implementation="{kind}" is not known for a prompt with images: use "dynamic", "static", "offloaded", '
-            '"offloaded_static" or "quantized", or pass an empty cache as past_key_values.'
+            f'cache_implementation="{kind}" is not known for a prompt with images: use "dynamic", "static", '
+            '"offloaded", "offloaded_static" or "quantized", or pass an empty cache as past_key_values.'
         )
 
     def prepare_inputs_for_generation(
@@ -904,8 +913,8 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         """
         Prepares one step as the language model does for itself.
 
-        With a `prompt` that has been read, `input_ids`, `attention_mask` and `position_ids` are those of its words; they
-        are translated into the cache's columns, which hold the slots as well.
+        With a `prompt` that has been read, `input_ids`, `attention_mask` and `position_ids` are those of its words;
+        they are translated into the cache's columns, which hold the slots as well.
         """
         inputs: dict[str, Any] = {}
         if prompt is not None:
@@ -942,8 +951,15 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
 
 def _accepts(function, name: str) -> bool:
     """Whether `function` has a parameter `name`, by name or through `**kwargs`."""
+    names, takes_any = _parameters(getattr(function, "__func__", function))
+    return takes_any or name in names
+
+
+@functools.cache
+def _parameters(function) -> tuple[frozenset[str], bool]:
+    """Names of a function's parameters, and whether it takes others as well."""
     parameters = inspect.signature(function).parameters
-    return name in parameters or any(kind.kind is kind.VAR_KEYWORD for kind in parameters.values())
+    return frozenset(parameters), any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def _take(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ Padding inside a row would be wrong for models that count columns (ALiBi, slidin
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from transformers import DynamicCache
@@ -80,14 +81,15 @@ def plan_segments(
     cuts = [[0, *row[:, 0].tolist(), length] for row in slots]
 
     if all(cut == cuts[0] for cut in cuts):
-        bounds = list(zip(cuts[0][:-1], cuts[0][1:], strict=True))
+        bounds = list(pairwise(cuts[0]))
         valid = [mask[:, begin:end] for begin, end in bounds]
         # Rows that agree are cut into plain column ranges, as long as no padding ends up inside a row.
-        first = _padded_right_only(valid[0]) if start else (most == 0 or _padded_left_only(valid[0]))
-        if start and most:
-            first = bool(valid[0].all())
-        inner = all(bool(part.all()) for part in valid[1:-1])
-        if first and inner and (most == 0 or _padded_right_only(valid[-1])):
+        if most == 0:
+            plain = start == 0 or _padded_right_only(valid[0])
+        else:
+            nothing_between = bool(valid[0].all()) if start else _padded_left_only(valid[0])
+            plain = nothing_between and all(map(torch.all, valid[1:-1])) and _padded_right_only(valid[-1])
+        if plain:
             segments = []
             for step, (begin, end) in enumerate(bounds):
                 columns = torch.arange(start + begin, start + end).expand(num_rows, -1)
@@ -98,7 +100,7 @@ def plan_segments(
 
     # Rows are aligned at their last request, so that the usual batch of single questions has two segments.
     columns_of = [
-        [row_mask[begin:end].nonzero().flatten() + begin for begin, end in zip(cut[:-1], cut[1:], strict=True)]
+        [row_mask[begin:end].nonzero().flatten() + begin for begin, end in pairwise(cut)]
         for row_mask, cut in zip(mask, cuts, strict=True)
     ]
     segments = []
@@ -106,7 +108,7 @@ def plan_segments(
         offsets = [step - most + int(num_requests[row]) for row in range(num_rows)]
         empty = torch.empty(0, dtype=torch.long)
         read = [columns_of[row][offset] if offset >= 0 else empty for row, offset in enumerate(offsets)]
-        width = max(1, *(len(part) for part in read)) if num_rows > 1 else max(1, len(read[0]))
+        width = max(1, max(map(len, read)))
         columns = torch.zeros(num_rows, width, dtype=torch.long)
         valid = torch.zeros(num_rows, width, dtype=torch.bool)
         requesting = torch.tensor([offset >= 0 and step < most for offset in offsets])

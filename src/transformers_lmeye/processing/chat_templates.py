@@ -12,7 +12,7 @@ RELEASED_FORMAT = r"""
   {%- if message['role'] == 'user' -%}
     {{- '' if loop.first else '\n' -}}
     {%- if images -%}{{- 'Image as evidence: ' ~ (['<img>'] * images) | join(' ') ~ '\n ' -}}{%- endif -%}
-    {{- 'Question: ' ~ text ~ ' ' ~ (REQUEST if state.images else '') ~ '\nAnswer:' -}}
+    {{- 'Question: ' ~ text ~ (REQUEST if state.images else '') ~ '\nAnswer:' -}}
   {%- elif message['role'] == 'assistant' -%}
     {{- ' ' -}}{%- generation -%}{{- text ~ (eos_token or '') -}}{%- endgeneration -%}
   {%- else -%}
@@ -38,7 +38,7 @@ CONTENT_PARTS = r"""
     {%- endif -%}
   {%- endfor -%}
   {%- if message['role'] == 'user' and eyes.images -%}
-    {%- set text.value = text.value ~ ' ' ~ REQUEST -%}
+    {%- set text.value = text.value ~ REQUEST -%}
   {%- endif -%}
   {%- set eyes.messages = eyes.messages + [dict(message, content=text.value) if parts else message] -%}
 {%- endfor -%}
@@ -55,7 +55,7 @@ def build_chat_template(language_model_template: str | None, has_requests: bool)
             the released prompt format is.
         has_requests (`bool`): whether questions about images carry a request, `<img-d>`.
     """
-    request = "'<img-d>'" if has_requests else "''"
+    request = "' <img-d>'" if has_requests else "''"
     if language_model_template is None:
         return RELEASED_FORMAT.strip().replace("REQUEST", request)
     return CONTENT_PARTS.strip().replace("REQUEST", request) + language_model_template

@@ -9,6 +9,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput, is_valid_image, load_image
+from transformers.utils import is_torchvision_available
 
 from .chat_templates import build_chat_template
 
@@ -20,7 +21,8 @@ FILLER_TOKEN = "<|lmeye_filler_{}|>"
 
 def add_slot_tokens(tokenizer, first_slot_id: int) -> None:
     """
-    Adds `<img>`, `<img-q>` and `<img-d>` to a tokenizer, in place, from `first_slot_id` on; fillers take the ids between.
+    Adds `<img>`, `<img-q>` and `<img-d>` to a tokenizer, in place, from `first_slot_id` on; fillers take the ids
+    between.
 
     Raises:
         ValueError: the tokenizer cannot give the slots these ids.
@@ -32,8 +34,8 @@ def add_slot_tokens(tokenizer, first_slot_id: int) -> None:
     ids = tokenizer.convert_tokens_to_ids(list(SLOT_TOKENS))
     if ids != [first_slot_id + offset for offset in range(len(SLOT_TOKENS))]:
         raise ValueError(
-            f"The tokenizer gives the slots ids {ids}, the model expects {first_slot_id} and the next two: its vocabulary "
-            "has holes, or knows a slot's name already."
+            f"The tokenizer gives the slots ids {ids}, the model expects {first_slot_id} and the next two: its "
+            "vocabulary has holes, or knows a slot's name already."
         )
 
 
@@ -122,16 +124,20 @@ class LMEyeProcessor(ProcessorMixin):
             padding_side (`str`): `"left"` for generation; the training collator pads on the right.
             trust_remote_code, vision_revision, language_revision, hub_kwargs: for the hub.
         """
+        if not is_torchvision_available():
+            raise ImportError(
+                "Without torchvision pictures would be resized by another library, and pixel values move by 0.015: "
+                "install torchvision."
+            )
         image_processor = AutoImageProcessor.from_pretrained(
             vision_model_name_or_path, **hub_kwargs, **({"revision": vision_revision} if vision_revision else {})
         )
         language = dict(hub_kwargs, trust_remote_code=trust_remote_code)
         if language_revision:
             language["revision"] = language_revision
-        tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, **language)
+        tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, padding_side=padding_side, **language)
         config = AutoConfig.from_pretrained(language_model_name_or_path, **language)
         add_slot_tokens(tokenizer, max(len(tokenizer), config.get_text_config().vocab_size))
-        tokenizer.padding_side = padding_side
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         has_requests = interaction != "none"
@@ -159,13 +165,13 @@ class LMEyeProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            images: an image (PIL, array, tensor, path or URL); a list of them, one per text or as many as the texts have
-                `<img>`; or a list of lists, `[]` for rows without one.
+            images: an image (PIL, array, tensor, path or URL); a list of them, one per text or as many as the texts
+                have `<img>`; or a list of lists, `[]` for rows without one.
             text (`str` or list): questions, or texts with slots.
-            padding, max_length, padding_side, pad_to_multiple_of: as for tokenizers; the batch is padded to its longest.
+            padding, max_length, padding_side, pad_to_multiple_of: as for tokenizers; a batch is padded to its longest.
             truncation (`bool`): whether to cut texts to `max_length`. A slot is never cut.
-            add_special_tokens (`bool`, *optional*): default: bos alone if `add_bos` in rows with images; in rows of words
-                alone what the tokenizer does.
+            add_special_tokens (`bool`, *optional*): default: bos alone if `add_bos` in rows with images; in rows of
+                words alone what the tokenizer does.
             return_tensors (`str`, *optional*): `"pt"` or `"np"`.
             kwargs: for the image processor.
 
@@ -206,7 +212,7 @@ class LMEyeProcessor(ProcessorMixin):
     def _images_per_text(self, images, texts: list[str]) -> list[list[Any]]:
         if images is None:
             return [[] for _ in texts]
-        if isinstance(images, str) or is_valid_image(images) and not isinstance(images, (list, tuple)):
+        if isinstance(images, str) or (is_valid_image(images) and not isinstance(images, (list, tuple))):
             images = [images]
         if not isinstance(images, (list, tuple)):
             raise ValueError(f"Sample 0, image 0 is no image but {_describe(images)}: {_IMAGE_REMEDY}")
@@ -223,8 +229,8 @@ class LMEyeProcessor(ProcessorMixin):
                 nested = [[next(remaining) for _ in range(count)] for count in counts]
             else:
                 raise ValueError(
-                    f"Image features and image tokens do not match: {len(images)} images for {len(texts)} texts, whose "
-                    f"`<img>` slots number {counts}. Give one image per text, or a list of images for each text."
+                    f"Image features and image tokens do not match: {len(images)} images for {len(texts)} texts, "
+                    f"whose `<img>` slots number {counts}. Give one image per text, or a list of images for each text."
                 )
         if len(nested) != len(texts):
             raise ValueError(
@@ -244,7 +250,7 @@ class LMEyeProcessor(ProcessorMixin):
         try:
             if isinstance(image, str):
                 return load_image(image)
-            if is_valid_image(image):
+            if is_valid_image(image) and getattr(image, "ndim", 3) in (2, 3):
                 return image
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"Sample {index}, image {place} cannot be read ({error}): {_IMAGE_REMEDY}") from error
@@ -304,8 +310,8 @@ class LMEyeProcessor(ProcessorMixin):
             return text
         if not self.num_dynamic_tokens:
             raise ValueError(
-                f'Sample {index} has a `{DYNAMIC_TOKEN}` slot, and a model with interaction="none" has no requests: leave '
-                "it out."
+                f'Sample {index} has a `{DYNAMIC_TOKEN}` slot, and a model with interaction="none" has no requests: '
+                "leave it out."
             )
 
         def multiply(group: re.Match) -> str:

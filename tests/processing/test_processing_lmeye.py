@@ -1,0 +1,412 @@
+"""The processor: slots placed for the user and respected where the user places them."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoTokenizer, CLIPImageProcessor
+
+from transformers_lmeye import LMEyeConfig, LMEyeProcessor
+
+
+K = 5
+SLOTS = " ".join(["<img-d>"] * K)
+
+
+@pytest.fixture
+def make(folders):
+    def make(family="llama", chat_template=None, keep_spaces=True, **kwargs):
+        language = folders.language(family, chat_template=chat_template, keep_spaces=keep_spaces)
+        return LMEyeProcessor.from_vision_language_pretrained(str(folders.vision()), str(language), **kwargs)
+
+    return make
+
+
+@pytest.fixture
+def words(folders):
+    """The language model's own tokenizer."""
+
+    def words(keep_spaces=True, chat_template=None):
+        return AutoTokenizer.from_pretrained(
+            folders.language("llama", chat_template=chat_template, keep_spaces=keep_spaces)
+        )
+
+    return words
+
+
+def spell(text: str, tokenizer, k: int = K, static: int = 1) -> list[int]:
+    """Ids of a text with slots, from the pieces between them: slot ids start behind table and tokenizer."""
+    image, dynamic = tiny.TABLE_ROWS, tiny.TABLE_ROWS + 2
+    ids: list[int] = []
+    for index, piece in enumerate(text.split("<img>")):
+        if index:
+            ids.append(image)
+        for place, rest in enumerate(piece.split("<img-d>")):
+            if place:
+                ids.append(dynamic)
+            if rest:
+                ids += tokenizer(rest, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+# --- slots ---------------------------------------------------------------------------------------------------------
+
+
+def test_slot_ids_lie_behind_table_and_tokenizer(make):
+    """Fillers take the ids between the tokenizer's length and the table's; the model's configuration agrees."""
+    processor = make()
+    rows = tiny.TABLE_ROWS
+    assert tiny.TOKENIZER_LENGTH < rows
+    assert processor.tokenizer.convert_tokens_to_ids(["<img>", "<img-q>", "<img-d>"]) == [rows, rows + 1, rows + 2]
+    assert (processor.image_token_id, processor.request_token_id, processor.dynamic_token_id) == (rows, rows + 1, rows + 2)
+    assert len(processor.tokenizer) == rows + 3
+
+
+def test_a_tokenizer_longer_than_the_table(folders, tmp_path):
+    """LLaMA derivatives add tokens and leave the table; slots start behind both."""
+    language = tiny.save_language(tmp_path / "language")
+    tokenizer = AutoTokenizer.from_pretrained(language)
+    tokenizer.add_tokens([f"extra{i}" for i in range(20)])
+    tokenizer.save_pretrained(language)
+    assert len(tokenizer) > tiny.TABLE_ROWS
+    from transformers_lmeye import LMEyeForConditionalGeneration
+
+    processor = LMEyeProcessor.from_vision_language_pretrained(str(folders.vision()), str(language))
+    model = LMEyeForConditionalGeneration.from_vision_language_pretrained(str(folders.vision()), str(language))
+    assert processor.image_token_id == model.config.image_token_id == len(tokenizer)
+    assert processor.dynamic_token_id == model.config.dynamic_token_id == len(tokenizer) + 2
+
+
+@pytest.mark.parametrize("keep_spaces", [True, False])
+def test_default_prompt(make, words, keep_spaces):
+    """The released prompt, slots one space apart."""
+    processor = make(keep_spaces=keep_spaces)
+    inputs = processor(images=tiny.picture(), text="what is the man doing?", return_tensors="pt")
+    text = f"Image as evidence: <img>\n Question: what is the man doing? {SLOTS}\nAnswer:"
+    assert inputs["input_ids"].tolist() == [spell(text, words(keep_spaces))]
+    assert inputs["attention_mask"].tolist() == [[1] * inputs["input_ids"].shape[1]]
+    assert inputs["pixel_values"].shape == (1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    assert inputs["pixel_values"].dtype == torch.float32
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+
+
+def test_prompt_without_requests(make, words):
+    inputs = make(interaction="none")(images=tiny.picture(), text="what is it?", return_tensors="pt")
+    ids = inputs["input_ids"][0].tolist()
+    assert ids.count(tiny.TABLE_ROWS) == 1 and tiny.TABLE_ROWS + 2 not in ids
+    assert words().decode([i for i in ids if i < tiny.TABLE_ROWS]).split() == (
+        "Image as evidence: \n Question: what is it? \nAnswer:".split()
+    )
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("static", [1, 2])
+def test_slots_as_written(make, words, k, static):
+    """A user's own slots stay where they are, one per image and one per request, multiplied."""
+    processor = make(num_dynamic_tokens=k, num_static_tokens=static)
+    text = "<img> where is it <img-d> and <img> who? <img-d>\nAnswer: yes."
+    inputs = processor(images=[tiny.picture(1), tiny.picture(2)], text=text, return_tensors="pt")
+    expanded = text.replace("<img>", " ".join(["<img>"] * static)).replace("<img-d>", " ".join(["<img-d>"] * k))
+    assert inputs["input_ids"].tolist() == [spell(expanded, words())]
+
+
+def test_expanded_slots_as_written(make, words):
+    """A text that has all k slots already keeps them."""
+    text = f"Image: <img>\n what is it? {SLOTS}\nAnswer:"
+    inputs = make()(images=tiny.picture(), text=text, return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [spell(text, words())]
+
+
+def test_rows_without_an_image_are_words(make, words):
+    """`<img>` typed in a text without images is HTML, token for token what the language model's own tokenizer makes."""
+    processor, texts = make(), ["the man in <img>/<img-d> and <img-q>?", "Question: what is it?", ""]
+    for text in texts[:2]:
+        inputs = processor(text=text, return_tensors="pt")
+        assert inputs["input_ids"].tolist() == [words()(text)["input_ids"]]
+        assert set(inputs) == {"input_ids", "attention_mask"}
+    inputs = processor(text=texts[:2], images=[[], []], return_tensors="pt", padding_side="right")
+    for row, mask, text in zip(inputs["input_ids"], inputs["attention_mask"], texts, strict=False):
+        assert row[mask.bool()].tolist() == words()(text)["input_ids"]
+
+
+def test_html_beside_pictures(make, words):
+    """In a mixed batch, too, the row without a picture is words."""
+    inputs = make()(
+        images=[[tiny.picture()], []], text=["what is it?", "a <img> of a cat <img-d>"], return_tensors="pt"
+    )
+    row = inputs["input_ids"][1][inputs["attention_mask"][1].bool()]
+    assert row.tolist() == words()("a <img> of a cat <img-d>")["input_ids"]
+    assert int(row.max()) < tiny.TABLE_ROWS
+    assert inputs["pixel_values"].shape[0] == 1
+
+
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+def test_ways_to_give_images(make, tmp_path):
+    processor = make()
+    first, second = tiny.picture(1), tiny.picture(2)
+    first.save(tmp_path / "first.png")
+    expected = processor(images=[[first], [second]], text=["what is it?", "who?"], return_tensors="pt")
+    array = np.array(first)
+    for images in (
+        [first, second],
+        [array, second],
+        [torch.from_numpy(array).permute(2, 0, 1), second],
+        [str(tmp_path / "first.png"), second],
+        [[str(tmp_path / "first.png")], [second]],
+    ):
+        got = processor(images=images, text=["what is it?", "who?"], return_tensors="pt")
+        assert got["input_ids"].tolist() == expected["input_ids"].tolist()
+        torch.testing.assert_close(got["pixel_values"], expected["pixel_values"])
+
+
+def test_pixels_are_the_vision_towers_own(make, folders):
+    """Preprocessing is CLIP's, whatever the picture's size and mode."""
+    processor = make()
+    own = CLIPImageProcessor.from_pretrained(folders.vision())
+    for picture in (tiny.picture(1), tiny.picture(2, (70, 41)), tiny.picture(3).convert("L").convert("RGB")):
+        got = processor(images=picture, text="what is it?", return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(got, own(picture, return_tensors="pt")["pixel_values"])
+
+
+def test_pictures_in_the_order_of_their_slots(make):
+    processor = make()
+    pictures = [tiny.picture(i) for i in range(4)]
+    alone = [processor(images=p, text="what?", return_tensors="pt")["pixel_values"][0] for p in pictures]
+    batch = processor(
+        images=[[pictures[2], pictures[0]], [], [pictures[3]]], text=["<img> <img> what? <img-d>", "who", "who?"], return_tensors="pt"
+    )
+    torch.testing.assert_close(batch["pixel_values"], torch.stack([alone[2], alone[0], alone[3]]))
+
+
+def test_several_images_for_one_question(make, words):
+    inputs = make()(images=[tiny.picture(1), tiny.picture(2)], text="what is it?", return_tensors="pt")
+    text = f"Image as evidence: <img> <img>\n Question: what is it? {SLOTS}\nAnswer:"
+    assert inputs["input_ids"].tolist() == [spell(text, words())]
+
+
+# --- padding, truncation, specials ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right", None])
+def test_padding(make, side):
+    """On the left unless told otherwise, as generation needs."""
+    processor = make()
+    texts = ["what is the man doing on the house?", "who?"]
+    inputs = processor(images=[tiny.picture()] * 2, text=texts, return_tensors="pt", padding_side=side)
+    rows = [processor(images=tiny.picture(), text=t, return_tensors="pt")["input_ids"][0].tolist() for t in texts]
+    missing = len(rows[0]) - len(rows[1])
+    assert missing > 0
+    pad = processor.tokenizer.pad_token_id
+    short = rows[1] + [pad] * missing if side == "right" else [pad] * missing + rows[1]
+    assert inputs["input_ids"].tolist() == [rows[0], short]
+    mask = [1] * len(rows[1]) + [0] * missing if side == "right" else [0] * missing + [1] * len(rows[1])
+    assert inputs["attention_mask"].tolist() == [[1] * len(rows[0]), mask]
+
+
+def test_padding_to_a_length(make):
+    processor = make()
+    inputs = processor(images=tiny.picture(), text="who?", return_tensors="pt", padding="max_length", max_length=60)
+    assert inputs["input_ids"].shape == (1, 60)
+    inputs = processor(images=tiny.picture(), text="who?", return_tensors="pt", pad_to_multiple_of=16)
+    assert inputs["input_ids"].shape[1] % 16 == 0
+
+
+def test_truncation_cuts_words_and_no_slot(make):
+    processor = make()
+    text = "<img> who? <img-d>\nAnswer: " + "a cat and a dog " * 20
+    full = processor(images=tiny.picture(), text=text, return_tensors="pt")["input_ids"][0].tolist()
+    last_slot = max(i for i, token in enumerate(full) if token >= tiny.TABLE_ROWS)
+    for length in (last_slot + 1, last_slot + 7, len(full)):
+        cut = processor(images=tiny.picture(), text=text, return_tensors="pt", truncation=True, max_length=length)
+        assert cut["input_ids"][0].tolist() == full[:length]
+    with pytest.raises(ValueError, match=r"Sample 0 .*max_length=\d+ would cut a slot: raise max_length"):
+        processor(images=tiny.picture(), text=text, return_tensors="pt", truncation=True, max_length=last_slot)
+    again = processor(images=tiny.picture(), text=text, return_tensors="pt")
+    assert again["input_ids"][0].tolist() == full, "truncation stayed set"
+
+
+def test_truncation_of_plain_words(make, words):
+    processor, text = make(), "a cat and a dog " * 5
+    cut = processor(text=text, return_tensors="pt", truncation=True, max_length=7)
+    assert cut["input_ids"].tolist() == [words()(text)["input_ids"][:7]]
+    assert processor(text=text, return_tensors="pt")["input_ids"].tolist() == [words()(text)["input_ids"]]
+
+
+def test_bos(make, words):
+    """Released models run without bos; `add_bos` puts one before rows with images."""
+    plain = make()(images=tiny.picture(), text="who?", return_tensors="pt")["input_ids"][0].tolist()
+    with_bos = make(add_bos=True)(images=tiny.picture(), text="who?", return_tensors="pt")["input_ids"][0].tolist()
+    assert plain[0] != words().bos_token_id and with_bos == [words().bos_token_id, *plain]
+
+
+# --- chats ---------------------------------------------------------------------------------------------------------
+
+
+def conversation():
+    return [
+        {"role": "user", "content": [{"type": "image", "image": tiny.picture(1)}, {"type": "text", "text": "what is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a cat."}]},
+        {"role": "user", "content": [{"type": "text", "text": "where is it?"}]},
+    ]
+
+
+OPTIONS = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+
+
+def test_chat_in_the_released_format(make, words):
+    """Every turn that can see an image has its own request."""
+    inputs = make().apply_chat_template(conversation(), **OPTIONS)
+    text = (
+        f"Image as evidence: <img>\n Question: what is it? {SLOTS}\nAnswer: a cat.</s>\n"
+        f"Question: where is it? {SLOTS}\nAnswer:"
+    )
+    ids = inputs["input_ids"][0].tolist()
+    assert ids == spell(text, words())
+    assert inputs["pixel_values"].shape[0] == 1
+    assert ids.count(tiny.TABLE_ROWS) == 1 and ids.count(tiny.TABLE_ROWS + 2) == 2 * K
+
+
+def test_chat_in_the_language_models_own_template(make, words):
+    """The words and their markup come from the language model's template; only slots are added."""
+    processor = make(chat_template=tiny.CHAT_TEMPLATE)
+    text = processor.apply_chat_template(conversation(), add_generation_prompt=True, tokenize=False)
+    plain = [
+        {"role": "user", "content": "what is it?"},
+        {"role": "assistant", "content": "a cat."},
+        {"role": "user", "content": "where is it?"},
+    ]
+    own = words(chat_template=tiny.CHAT_TEMPLATE).apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+    assert text.replace("<img>\n", "").replace(" <img-d>", "") == own
+    assert text.count("<img>") == 1 and text.count("<img-d>") == 2
+    inputs = processor.apply_chat_template(conversation(), **OPTIONS)
+    ids = inputs["input_ids"][0].tolist()
+    assert ids.count(tiny.TABLE_ROWS) == 1 and ids.count(tiny.TABLE_ROWS + 2) == 2 * K
+
+
+@pytest.mark.parametrize("chat_template", [None, tiny.CHAT_TEMPLATE], ids=["released", "own"])
+def test_chat_of_words_alone(make, words, chat_template):
+    """Without an image there is no slot; with the model's own template the ids are its own."""
+    processor = make(chat_template=chat_template)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}]}]
+    inputs = processor.apply_chat_template(messages, **OPTIONS)
+    assert int(inputs["input_ids"].max()) < tiny.TABLE_ROWS and "pixel_values" not in inputs
+    if chat_template is not None:
+        own = words(chat_template=chat_template).apply_chat_template(
+            [{"role": "user", "content": "what is it?"}], add_generation_prompt=True, return_dict=True
+        )
+        assert inputs["input_ids"][0].tolist() == list(own["input_ids"])
+
+
+def test_batch_of_chats(make):
+    processor = make()
+    chats = [conversation(), conversation()[:1]]
+    inputs = processor.apply_chat_template(chats, padding=True, **OPTIONS)
+    assert inputs["pixel_values"].shape[0] == 2
+    for chat, row, mask in zip(chats, inputs["input_ids"], inputs["attention_mask"], strict=True):
+        alone = processor.apply_chat_template(chat, **OPTIONS)["input_ids"][0].tolist()
+        assert row[mask.bool()].tolist() == alone
+
+
+# --- decoding, saving ----------------------------------------------------------------------------------------------
+
+
+def test_decoding(make):
+    processor = make()
+    inputs = processor(images=tiny.picture(), text="what is it?", return_tensors="pt")
+    answer = processor.tokenizer(" a cat", add_special_tokens=False)["input_ids"]
+    sequences = torch.tensor([inputs["input_ids"][0].tolist() + answer + [2]])
+    (text,) = processor.post_process_image_text_to_text(sequences)
+    assert text.endswith("a cat") and "<img" not in text and "</s>" not in text
+    (raw,) = processor.post_process_image_text_to_text(sequences, skip_special_tokens=False)
+    assert "<img>" in raw and "<img-d>" in raw
+    assert processor.batch_decode([answer]) == [" a cat"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"add_bos": True, "num_dynamic_tokens": 2, "num_static_tokens": 3, "padding_side": "right"},
+        {"interaction": "none"},
+        {"chat_template": tiny.CHAT_TEMPLATE},
+    ],
+    ids=["default", "every_option", "none", "chat"],
+)
+def test_round_trip(make, tmp_path, options):
+    """Nothing reverts on reload."""
+    processor = make(**options)
+    processor(images=tiny.picture(), text="who?", truncation=True, max_length=500)  # must leave no trace in the files
+    processor.save_pretrained(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert state["truncation"] is None and state["padding"] is None
+    again = LMEyeProcessor.from_pretrained(tmp_path)
+    for name in ("num_static_tokens", "num_dynamic_tokens", "add_bos", "chat_template", "image_token_id", "dynamic_token_id"):
+        assert getattr(again, name) == getattr(processor, name), name
+    assert again.tokenizer.padding_side == processor.tokenizer.padding_side
+    texts = ["what is the man doing?", "a <img> of words"]
+    for text in texts:
+        for images in (tiny.picture(), None):
+            if images is not None and "<img>" in text and options.get("interaction") == "none":
+                continue
+            first = processor(images=images, text=text, return_tensors="pt")
+            second = again(images=images, text=text, return_tensors="pt")
+            assert first.keys() == second.keys()
+            for name, value in first.items():
+                assert torch.equal(value, second[name])
+    assert again.apply_chat_template(conversation(), tokenize=False) == processor.apply_chat_template(
+        conversation(), tokenize=False
+    )
+
+
+@pytest.mark.parametrize("interaction", ["clip_text", "cross_attention", "none"])
+def test_processor_and_model_agree(make, build, interaction):
+    """What the processor writes is what a model of the same options reads."""
+    processor = make(interaction=interaction, num_static_tokens=2, num_dynamic_tokens=3)
+    model = build("llama", interaction, num_static_tokens=2, num_dynamic_tokens=3)
+    config = model.config
+    assert isinstance(config, LMEyeConfig)
+    assert (processor.image_token_id, processor.dynamic_token_id) == (config.image_token_id, config.dynamic_token_id)
+    inputs = processor(images=[[tiny.picture(1)], []], text=["what is it?", "who is it?"], return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=3)
+    assert out.shape[0] == 2 and int(out[:, inputs["input_ids"].shape[1] :].max()) < tiny.TABLE_ROWS
+
+
+def test_without_torchvision(folders, tmp_path):
+    """Pixels do not depend on whether torchvision is there, or the processor refuses to work without it."""
+    import os
+    import subprocess
+    import sys
+
+    picture = tiny.picture(5, (70, 41))
+    picture.save(tmp_path / "picture.png")
+    script = """
+import sys
+if sys.argv[1] == "blocked":
+    sys.modules["torchvision"] = None
+import torch
+from PIL import Image
+from transformers_lmeye import LMEyeProcessor
+processor = LMEyeProcessor.from_vision_language_pretrained(sys.argv[2], sys.argv[3])
+torch.save(processor(images=Image.open(sys.argv[4]), text="who?", return_tensors="pt")["pixel_values"], sys.argv[5])
+"""
+    found = {}
+    for state in ("there", "blocked"):
+        path = tmp_path / f"{state}.pt"
+        arguments = [state, str(folders.vision()), str(folders.language()), str(tmp_path / "picture.png"), str(path)]
+        run = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        if state == "blocked" and run.returncode:
+            assert "torchvision" in run.stderr.lower()
+            return
+        assert run.returncode == 0, run.stderr[-3000:]
+        found[state] = torch.load(path)
+    torch.testing.assert_close(found["blocked"], found["there"], atol=1e-6, rtol=0)
