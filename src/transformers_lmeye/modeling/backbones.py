@@ -16,10 +16,11 @@ from transformers import (
     AutoTokenizer,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .configuration_lmeye import LMEyeConfig
 from .fingerprints import check_fingerprint, fingerprint
@@ -209,9 +210,17 @@ class LMEyeCheckpointMixin:
                     "holds the IPN alone (save_pretrained(..., save_backbones=False))."
                 )
             extra = {} if config is None else {"config": config}
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **extra, **kwargs)
-            (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_backbones()
-            return loaded
+            with_info = kwargs.pop("output_loading_info", False)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **extra, **kwargs
+            )
+            if info["missing_keys"]:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} lacks weights, which would be random: "
+                    + ", ".join(sorted(info["missing_keys"]))
+                )
+            model.freeze_backbones()
+            return (model, info) if with_info else model
         locations = {"vision": vision_model_name_or_path, "language": language_model_name_or_path}
         return cls._from_interactive_perception_network(
             pretrained_model_name_or_path, own, locations, backbone_trust_remote_code, kwargs
@@ -255,6 +264,8 @@ class LMEyeCheckpointMixin:
             for name, tensor in expected.items():
                 tensor.copy_(weights[name])
         model.name_or_path = str(path)
+        if cached_file(path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **own_hub_kwargs):
+            model.generation_config = GenerationConfig.from_pretrained(path, **own_hub_kwargs)
         return _placed(model)
 
     def interactive_perception_state_dict(self) -> dict[str, torch.Tensor]:

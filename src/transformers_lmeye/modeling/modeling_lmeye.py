@@ -793,36 +793,20 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         )
 
         words, words_mask = self._words_of(input_ids, attention_mask, pad_token_id)
-        num_hidden = input_ids.shape[1] - words.shape[1]
-        changes: dict[str, Any] = {"use_cache": True, "cache_implementation": None, "prefill_chunk_size": None}
-        new_tokens = setting("max_new_tokens")
-        if new_tokens is None and setting("max_length") is not None:
-            new_tokens = setting("max_length") - input_ids.shape[1]
-            changes["max_length"] = setting("max_length") - num_hidden
-        if setting("min_new_tokens") is None and setting("min_length"):
-            changes["min_length"] = max(setting("min_length") - num_hidden, 0)
-
         expand = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-        outputs = _repeat_rows(outputs, expand)
-        mask = mask.repeat_interleave(expand, dim=0)
-        kind = setting("cache_implementation")
-        if given_cache is None and kind not in (None, "dynamic", "hybrid"):
-            given_cache = self._empty_cache(kind, mask.shape[1] + (new_tokens or 20), setting("cache_config"))
-        if given_cache is not None:
-            for index, layer in enumerate(outputs.past_key_values.layers):
-                given_cache.update(layer.keys, layer.values, index)
-            outputs.past_key_values = given_cache
+        outputs, mask = _repeat_rows(outputs, expand), mask.repeat_interleave(expand, dim=0)
+        changes = self._settings_for_words(setting, input_ids.shape[1], input_ids.shape[1] - words.shape[1])
+        num_columns = mask.shape[1] + (setting("max_new_tokens") or setting("max_length") or 20)
+        outputs.past_key_values = self._cache_of_kind(outputs.past_key_values, given_cache, setting, num_columns)
         prompt = PerceivedPrompt(
             num_words=words.shape[1],
             attention_mask=None if bool(mask.all()) else mask.long(),
             position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
             outputs=outputs,
         )
+        kwargs = {name: value for name, value in kwargs.items() if name not in changes}
         if generation_config is None:
             kwargs.update({name: value for name, value in changes.items() if value is not None})
-            for name, value in changes.items():
-                if value is None:
-                    kwargs.pop(name, None)
         else:
             generation_config = copy.deepcopy(generation_config)
             generation_config.update(**changes)
@@ -883,21 +867,43 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         mask = is_word.gather(1, order)
         return input_ids.gather(1, order).masked_fill(~mask, pad_token_id), mask.long()
 
-    def _empty_cache(self, kind: str, max_cache_len: int, cache_config: dict | None) -> Cache:
-        text_config = self.config.get_text_config(decoder=True)
-        if kind in ("static", "offloaded_static"):
-            return StaticCache(
-                config=text_config, max_cache_len=max_cache_len, offloading=kind.startswith("offloaded")
-            )
-        if kind == "offloaded":
-            return DynamicCache(config=text_config, offloading=True)
-        if kind == "quantized":
-            options = {"config": text_config, **(cache_config or {})}
-            return QuantizedCache(backend=options.pop("backend", "quanto"), **options)
-        raise ValueError(
-            f'cache_implementation="{kind}" is not known for a prompt with images: use "dynamic", "static", '
-            '"offloaded", "offloaded_static" or "quantized", or pass an empty cache as past_key_values.'
-        )
+    @staticmethod
+    def _settings_for_words(setting, num_columns: int, num_hidden: int) -> dict[str, Any]:
+        """Generation settings in terms of the words alone, `num_hidden` columns fewer than the prompt has."""
+        changes: dict[str, Any] = {"use_cache": True, "cache_implementation": None, "prefill_chunk_size": None}
+        if setting("max_new_tokens") is None and setting("max_length") is not None:
+            if setting("max_length") <= num_columns:
+                raise ValueError(
+                    f"The prompt has {num_columns} tokens, max_length is {setting('max_length')}: nothing could be "
+                    "generated. Raise max_length or, better, set max_new_tokens."
+                )
+            changes["max_length"] = setting("max_length") - num_hidden
+        if setting("min_new_tokens") is None and setting("min_length"):
+            changes["min_length"] = max(setting("min_length") - num_hidden, 0)
+        return changes
+
+    def _cache_of_kind(self, cache: DynamicCache, given_cache: Cache | None, setting, num_columns: int) -> Cache:
+        """The prompt's cache, copied into the empty cache that was given or into one of the kind asked for."""
+        kind, text_config = setting("cache_implementation"), self.config.get_text_config(decoder=True)
+        if given_cache is None:
+            if kind in (None, "dynamic", "hybrid"):
+                return cache
+            if kind in ("static", "offloaded_static"):
+                offloading = kind == "offloaded_static"
+                given_cache = StaticCache(config=text_config, max_cache_len=num_columns, offloading=offloading)
+            elif kind == "offloaded":
+                given_cache = DynamicCache(config=text_config, offloading=True)
+            elif kind == "quantized":
+                options = {"config": text_config, **(setting("cache_config") or {})}
+                given_cache = QuantizedCache(backend=options.pop("backend", "quanto"), **options)
+            else:
+                raise ValueError(
+                    f'cache_implementation="{kind}" is not known for a prompt with images: use "dynamic", "static", '
+                    '"offloaded", "offloaded_static" or "quantized", or pass an empty cache as past_key_values.'
+                )
+        for index, layer in enumerate(cache.layers):
+            given_cache.update(layer.keys, layer.values, index)
+        return given_cache
 
     def prepare_inputs_for_generation(
         self,
