@@ -89,7 +89,10 @@ def test_whole(build, tmp_path, family, interaction):
     assert not again.training
     assert_equal_weights(model, again)
     assert answer(again) == answer(model)
-    assert again.config.to_dict() == {**model.config.to_dict(), "_name_or_path": again.config.to_dict().get("_name_or_path")}
+    assert again.config.to_dict() == {
+        **model.config.to_dict(),
+        "_name_or_path": again.config.to_dict().get("_name_or_path"),
+    }
     assert again.generation_config.to_dict() == model.generation_config.to_dict()
     tied = model.language_model.config.tie_word_embeddings
     assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) is bool(tied)
@@ -241,7 +244,9 @@ def test_incomplete_weights_are_refused(build, tmp_path, damage):
 def test_the_parts_of_a_whole_cannot_be_replaced(build, folders, tmp_path):
     build().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds its backbones"):
-        LMEyeForConditionalGeneration.from_pretrained(tmp_path, language_model_name_or_path=str(folders.language("opt")))
+        LMEyeForConditionalGeneration.from_pretrained(
+            tmp_path, language_model_name_or_path=str(folders.language("opt"))
+        )
 
 
 @pytest.mark.parametrize("save_backbones", [True, False])
@@ -269,7 +274,9 @@ def test_attention_and_devices_reach_both_backbones(build, tmp_path, save_backbo
     assert kinds(model) == ["eager"] * 3
     assert kinds(build("llama", "clip_text", attn_implementation="sdpa")) == ["sdpa"] * 3
     model.save_pretrained(tmp_path, save_backbones=save_backbones)
-    again = LMEyeForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager", device_map={"": "cpu"})
+    again = LMEyeForConditionalGeneration.from_pretrained(
+        tmp_path, attn_implementation="eager", device_map={"": "cpu"}
+    )
     assert kinds(again) == ["eager"] * 3
     assert answer(again) == answer(model)
 

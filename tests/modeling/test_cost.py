@@ -1,4 +1,4 @@
-"""Promise 5: the prefix is read once, the request pass runs once per sample whatever the beams, the vision tower once."""
+"""Promise 5: prefix read once, request pass once per sample whatever the beams, vision tower once."""
 
 import pytest
 import tiny
@@ -6,7 +6,7 @@ import torch
 
 
 class Meter:
-    """Rows and columns of every run of the language model's first layer, and the pictures of every run of the vision tower."""
+    """Rows and columns of each run of the language model's first layer; pictures of each run of the vision tower."""
 
     def __init__(self, model):
         self.reads: list[tuple[int, int]] = []
@@ -29,7 +29,12 @@ def inputs_of(model, layouts, padding="left"):
     return inputs, tiny.pixels(sum(layout.split().count("img") for layout in layouts))
 
 
-PREFIX, BEHIND, K, NEW = 8, 2, 5, 6  # "2 img 5 req 2": eight columns before the request, k dynamic tokens and two words after
+PREFIX, BEHIND, K, NEW = (
+    8,
+    2,
+    5,
+    6,
+)  # "2 img 5 req 2": eight columns before the request, k dynamic tokens and two words after
 PROMPT = "2 img 5 req 2"
 
 
@@ -62,7 +67,9 @@ def test_forward_reads_each_column_once(build, grad):
         model(**inputs, pixel_values=pictures)
     assert meter.pictures == [4]
     assert {rows for rows, _ in meter.reads} == {2}
-    assert sum(columns for _, columns in meter.reads) == inputs["input_ids"].shape[1] + 3, "every column, and 3 request tokens"
+    assert sum(columns for _, columns in meter.reads) == inputs["input_ids"].shape[1] + 3, (
+        "every column, and 3 request tokens"
+    )
 
 
 def test_prefix_leaves_no_graph(build):

@@ -220,7 +220,10 @@ def test_pipeline(build, folders, chat_template):
     messages = [
         {
             "role": "user",
-            "content": [{"type": "image", "image": tiny.picture(1)}, {"type": "text", "text": "what is the man doing?"}],
+            "content": [
+                {"type": "image", "image": tiny.picture(1)},
+                {"type": "text", "text": "what is the man doing?"},
+            ],
         }
     ]
     inputs = processor.apply_chat_template(

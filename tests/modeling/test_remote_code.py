@@ -86,7 +86,13 @@ def test_all_auto_classes_without_the_package(published, tmp_path):
 def test_all_auto_classes_with_the_package(published):
     """Registered, the same classes need no remote code."""
     from PIL import Image
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
 
     from transformers_lmeye import LMEyeConfig, LMEyeForConditionalGeneration
 

@@ -6,7 +6,6 @@ in the image -> dynamic tokens in the `<img-d>` slots -> answer. See `segments.p
 """
 
 import copy
-import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -182,6 +181,7 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
             )
         self.vision_tower = vision_tower
         self.language_model = language_model
+        self._accepted = _accepted_arguments(language_model)
         input_width, request_width = language_model_widths(language_model)
         self.ipn = InteractivePerceptionNetwork(
             config,
@@ -403,9 +403,9 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         positions = (lengths + valid.long().cumsum(dim=1) - 1).clamp(min=0)
         reading.mask = torch.cat([reading.mask, valid], dim=1)
         inputs = {"attention_mask": None if bool(reading.mask.all()) else reading.mask.long()}
-        if _accepts(self._decoder.forward, "position_ids"):
+        if "position_ids" in self._accepted:
             inputs["position_ids"] = positions
-        head = {"logits_to_keep": num_logits} if _accepts(self.language_model.forward, "logits_to_keep") else {}
+        head = {"logits_to_keep": num_logits} if "logits_to_keep" in self._accepted else {}
 
         def run(embeds: torch.Tensor, cache: DynamicCache):
             arguments = dict(inputs, inputs_embeds=embeds, past_key_values=cache, use_cache=True, return_dict=True)
@@ -635,7 +635,7 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
             "logits_to_keep": logits_to_keep,
         }
         for name, value in optional.items():
-            if value is not None and _accepts(self.language_model.forward, name):
+            if value is not None and name in self._accepted:
                 inputs[name] = value
         outputs = self.language_model(attention_mask=attention_mask, return_dict=True, **inputs, **kwargs)
         return {
@@ -955,17 +955,12 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
 
-def _accepts(function, name: str) -> bool:
-    """Whether `function` has a parameter `name`, by name or through `**kwargs`."""
-    names, takes_any = _parameters(getattr(function, "__func__", function))
-    return takes_any or name in names
-
-
-@functools.cache
-def _parameters(function) -> tuple[frozenset[str], bool]:
-    """Names of a function's parameters, and whether it takes others as well."""
-    parameters = inspect.signature(function).parameters
-    return frozenset(parameters), any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+def _accepted_arguments(language_model: PreTrainedModel) -> frozenset[str]:
+    """Which of the arguments that not every language model has this one takes."""
+    parameters = inspect.signature(language_model.forward).parameters
+    names = ("position_ids", "past_key_values", "use_cache", "logits_to_keep")
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return frozenset(name for name in names if takes_any or name in parameters)
 
 
 def _take(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
