@@ -1,8 +1,8 @@
 """What method.md's formulas say, computed the plain way: whole passes over ever longer sequences, one row at a time.
 
-No cache, no padding, no batch, and no code of the package: CLIP is written out below on the tensors of the vision folder, the language
-model is the family's own class loaded from the language folder. Only the trained parameters are taken from the model under test,
-by the names design.md fixes, so that gradients can be compared as well.
+No cache, no padding, no batch, and no code of the package: CLIP is written out below on the tensors of the vision
+folder, the language model is the family's own class loaded from the language folder. Only the trained parameters are
+taken from the model under test, by name, so that gradients can be compared as well.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class PlainCLIP:
         return normal * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
 
     def image(self, pixel_values: Tensor, layer: int = -2) -> tuple[Tensor, Tensor]:
-        """[3, H, W] -> h_I [d_p], projected and not normalised, and the patch tokens of `hidden_states[layer]` [P, d_v]."""
+        """[3, H, W] -> h_I [d_p], projected, not normalised; patch tokens of `hidden_states[layer]` [P, d_v]."""
         t = self.tensors
         kernel = t["vision_model.embeddings.patch_embedding.weight"]  # [D, 3, p, p]
         size = kernel.shape[-1]
@@ -84,7 +84,7 @@ class PlainCLIP:
         return t["visual_projection.weight"] @ pooled, states[layer][1:]
 
     def soft_text(self, soft: Tensor, bos: int, eos: int) -> Tensor:
-        """The text tower over [bos, soft tokens [n, d_t], eos] -> projected output at eos [d_p]. Section "Variant 1", step 5."""
+        """Variant 1, step 5: the text tower over [bos, soft tokens [n, d_t], eos] -> projected output at eos [d_p]."""
         t = self.tensors
         table = t["text_model.embeddings.token_embedding.weight"]
         positions = t["text_model.embeddings.position_embedding.weight"]
@@ -101,7 +101,9 @@ class Finished:
     embeds: Tensor  # [S, d_L]
     requests: list[Tensor]  # each [d_L]
     dynamic: list[Tensor]  # each [k, d_L]
-    attention: list[Tensor]  # each [layers, request vectors, images x patches], mean over heads; empty where there is none
+    attention: list[
+        Tensor
+    ]  # each [layers, request vectors, images x patches], mean over heads; empty where there is none
 
 
 class Reference:
@@ -173,8 +175,8 @@ class Reference:
         return self.clip.soft_text(torch.cat([*h_f, h_r[None]]), self.clip_bos, self.clip_eos), None
 
     def placed(self, features: Tensor, name: str) -> Tensor:
-        """Normalised and mapped features [P, d_v] plus two-dimensional sinusoids: half of the width for the row, half for the
-        column, sines before cosines, wavelengths from 2 pi to 200 pi patches. -> [P, d_i]"""
+        """Features [P, d_v] normalised and mapped, plus two-dimensional sinusoids: half of the width for the row, half
+        for the column, sines before cosines, wavelengths from 2 pi to 200 pi patches. -> [P, d_i]"""
         x = self.linear(self.norm(features, f"{name}.norm"), f"{name}.linear")
         count, quarter = len(x), x.shape[-1] // 4
         side = round(count**0.5)
@@ -189,7 +191,7 @@ class Reference:
         return x + torch.tensor(codes)
 
     def stack(self, states: Tensor, context: Tensor, name: str) -> tuple[Tensor, list[Tensor]]:
-        """Pre-normalised blocks of self-attention, cross-attention and feed-forward, and a last norm. [m, d_i], [K, d_i]"""
+        """Pre-normalised blocks of self-attention, cross-attention, feed-forward; a last norm. [m, d_i], [K, d_i]"""
         heads, weights = self.config.interaction_num_heads, []
         for index in range(self.config.interaction_num_layers):
             block = f"{name}.blocks.{index}"
@@ -211,7 +213,7 @@ class Reference:
         return self.norm(states, f"{name}.norm"), weights
 
     def cross_attention(self, request: Tensor, images: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Variant 3: request vectors read the features of all images. -> last k vectors [k, d_i], attention [layers, m, K]"""
+        """Variant 3: request vectors read all images. -> last k vectors [k, d_i], attention [layers, m, K]"""
         patch = self.config.fine_grained_source == "patch"
         context = torch.cat(
             [self.placed(patches if patch else pooled[None], "fine_grained_projection") for pooled, patches in images]
@@ -222,7 +224,7 @@ class Reference:
         return states[-self.config.num_dynamic_tokens :], torch.stack(weights)
 
     def finish(self, ids: list[int], images: Tensor | None = None) -> Finished:
-        """A row's ids [S] and its pictures [n, 3, H, W] -> every slot's embedding, with one whole first pass per request."""
+        """A row's ids [S] and pictures [n, 3, H, W] -> every slot's embedding; one whole first pass per request."""
         features = [self.clip.image(x, self.config.vision_feature_layer) for x in (() if images is None else images)]
         config = self.config
         done = Finished(self.words(torch.tensor([], dtype=torch.long)), [], [], [])
@@ -273,7 +275,7 @@ class Reference:
         return out[0].tolist() if len(out) == 1 else out.tolist()
 
     def generate_batch(self, rows: list[tuple[list[int], Tensor | None]], **kwargs: Any) -> list[list[int]]:
-        """New ids of several rows at once, so that sampling draws as one batch draws: finished rows, padded on the left."""
+        """New ids of several finished rows, padded on the left, so that sampling draws as one batch draws."""
         with torch.no_grad():
             finished = [self.finish(ids, images).embeds for ids, images in rows]
             width = max(len(x) for x in finished)
@@ -284,7 +286,7 @@ class Reference:
     def greedy(
         self, ids: list[int], images: Tensor | None, max_new_tokens: int, processors: LogitsProcessorList
     ) -> list[int]:
-        """Greedy decoding written out, without a cache; `processors` see the row's words and the new ids, and no slot."""
+        """Greedy decoding written out, without a cache; `processors` see the row's words and new ids, and no slot."""
         slots = {self.config.image_token_id, self.config.dynamic_token_id}
         words = [token for token in ids if token not in slots]
         new: list[int] = []

@@ -183,7 +183,9 @@ CASES: dict[str, tuple[Callable[[SimpleNamespace], object], type[Exception], lis
     ),
     # truncation
     "processor: truncation through a slot": (
-        lambda w: w.processor(images=PICTURES, text=["who?", "what is the man doing?"], truncation=True, max_length=20),
+        lambda w: w.processor(
+            images=PICTURES, text=["who?", "what is the man doing?"], truncation=True, max_length=20
+        ),
         ValueError,
         ["Sample 0", "max_length=20", "would cut a slot", "raise max_length"],
     ),
@@ -194,7 +196,9 @@ CASES: dict[str, tuple[Callable[[SimpleNamespace], object], type[Exception], lis
         ["Sample coco-7", "no target token", "caption is empty", "Leave the row out"],
     ),
     "training: a caption without room": (
-        lambda w: PairCollator(w.processor, max_length=1)([{"id": "coco-7", "image": PICTURES[0], "caption": "a cat"}]),
+        lambda w: PairCollator(w.processor, max_length=1)(
+            [{"id": "coco-7", "image": PICTURES[0], "caption": "a cat"}]
+        ),
         ValueError,
         ["Sample coco-7", "no target token", "max_length=1", "Raise max_length"],
     ),

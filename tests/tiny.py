@@ -1,8 +1,8 @@
 """Tiny random backbones, tokenizers and inputs for the tests. Nothing here touches the network.
 
-Every width differs from every other (vision 32, CLIP text 40, CLIP projection 24, language model 48, interaction 28), so that a
-mixed-up width cannot pass unnoticed. Weights are drawn at unit gain, so that activations are of order one and the words of a
-generated text vary.
+Every width differs from every other (vision 32, CLIP text 40, CLIP projection 24, language model 48, interaction 28),
+so that a mixed-up width cannot pass unnoticed. Weights are drawn at a gain of about one, so that activations are of
+order one and the words of a generated text vary.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _OPT_LIKE = {
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
 }
-# The ten families of the promises; "opt_projected" is OPT-350M's shape, whose embeddings are narrower than its hidden states.
+# The ten families; "opt_projected" is OPT-350M's shape, whose embeddings are narrower than its hidden states.
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _LLAMA_LIKE),
     "opt": ("opt", _OPT_LIKE),
@@ -56,7 +56,14 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"hidden_size": TEXT_WIDTH, "n_layer": 2, "n_head": 4}),
     "mpt": (
         "mpt",
-        {"d_model": TEXT_WIDTH, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "expansion_ratio": 2, "use_cache": True},
+        {
+            "d_model": TEXT_WIDTH,
+            "n_layers": 2,
+            "n_heads": 4,
+            "max_seq_len": 256,
+            "expansion_ratio": 2,
+            "use_cache": True,
+        },
     ),
     "gpt2": ("gpt2", {"n_embd": TEXT_WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 256}),
     "gpt_neox": (
@@ -100,7 +107,7 @@ _TABLES = {"gemma2": 0.1, "opt_projected": 0.5}
 
 
 def randomise(model: torch.nn.Module, seed: int, gain: float = 1.5, table: float = 0.25) -> None:
-    """Draw every parameter anew: matrices at `gain` / sqrt(fan-in), tables of embeddings at `table`, vectors 0.1 around their start."""
+    """Draw all parameters anew: matrices at `gain` / sqrt(fan-in), embeddings at `table`, vectors near their start."""
     generator = torch.Generator().manual_seed(seed)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     with torch.no_grad():
@@ -124,7 +131,7 @@ SMALL_STACK = {
 
 
 def randomise_ipn(model: Any, seed: int = 11) -> None:
-    """Draw the IPN's own parameters anew (not the frozen CLIP text encoder), so that no part starts at zero or without effect."""
+    """Draw the IPN's own parameters anew (CLIP's text encoder apart), so that no part starts without effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.ipn.named_parameters():
@@ -165,8 +172,8 @@ def language_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
 def clip(seed: int = 100, legacy_token_ids: bool = False) -> CLIPModel:
     """A tiny random CLIP with both towers.
 
-    With `legacy_token_ids` the text config holds bos 0 and eos 2, as the published OpenAI checkpoints do; the real ones are the
-    last two rows of the table.
+    With `legacy_token_ids` the text config holds bos 0 and eos 2, as the published OpenAI checkpoints do; the real
+    ones are the last two rows of the table.
     """
     config = CLIPConfig(
         text_config={
@@ -205,7 +212,8 @@ CHAT_TEMPLATE = (
 )
 
 _WORDS = (
-    "<pad> <s> </s> <unk> . , ? : < > / - [ ] ! img d q Image as evidence is Question Answer Human Assistant user assistant system "
+    "<pad> <s> </s> <unk> . , ? : < > / - [ ] ! img d q "
+    "Image as evidence is Question Answer Human Assistant user assistant system "
     "what the man doing where who it a cat dog on red blue green house in of and see yes no how many"
 ).split()
 
@@ -213,10 +221,10 @@ _WORDS = (
 def tokenizer(chat_template: str | None = None, keep_spaces: bool = True) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of `TOKENIZER_LENGTH` entries.
 
-    Spaces and line breaks are tokens with `keep_spaces` (as in byte-level vocabularies after a special token) and nothing without
-    (as in T5's). `<img>` and `<img-d>` are ordinary words in several pieces.
+    Spaces and line breaks are tokens with `keep_spaces` (as in byte-level vocabularies after a special token) and
+    nothing without (as in T5's). `<img>` and `<img-d>` are ordinary words in several pieces.
     """
-    vocabulary = _WORDS + [" ", "\n"]
+    vocabulary = [*_WORDS, " ", "\n"]
     vocabulary += [f"w{i}" for i in range(TOKENIZER_LENGTH - len(vocabulary))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     pieces = r"[A-Za-z0-9]+|[^A-Za-z0-9\s]|\n| " if keep_spaces else r"[A-Za-z0-9]+|[^A-Za-z0-9\s]"
@@ -271,7 +279,9 @@ def pixels(count: int, seed: int = 7) -> torch.Tensor:
 
 def picture(seed: int = 0, size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> Image.Image:
     """A picture of noise."""
-    noise = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    noise = torch.randint(
+        0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     return Image.fromarray(noise.numpy())
 
 
@@ -301,7 +311,7 @@ def row(config, layout: str, seed: int = 0) -> tuple[list[int], list[int]]:
 
 
 def batch(rows: list[tuple[list[int], list[int]]], padding: str, pad_token_id: int = 0) -> dict[str, torch.Tensor]:
-    """Rows as input_ids, attention_mask and labels, each int64 [batch, seq], padded `"left"`, `"right"` or `"ragged"` (some each way)."""
+    """Rows as input_ids, attention_mask, labels int64 [batch, seq], padded left, right or ragged (some each way)."""
     width = max(len(ids) for ids, _ in rows)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for index, (ids, labels) in enumerate(rows):

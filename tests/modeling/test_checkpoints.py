@@ -241,6 +241,16 @@ def test_incomplete_weights_are_refused(build, tmp_path, damage):
         LMEyeForConditionalGeneration.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["ipn.request_token", "language_model.model.layers.0.mlp.up_proj.weight"])
+def test_a_whole_that_lacks_weights_is_refused(build, tmp_path, name):
+    build().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(name)):
+        LMEyeForConditionalGeneration.from_pretrained(tmp_path)
+
+
 def test_the_parts_of_a_whole_cannot_be_replaced(build, folders, tmp_path):
     build().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds its backbones"):

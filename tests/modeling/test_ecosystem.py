@@ -163,6 +163,36 @@ def test_a_chat_continues_from_its_cache(build, reference, family, new_turn):
     assert sum(seen) <= len(turn) + 1 + 1 + 5, "the cache was not used"
 
 
+@pytest.mark.parametrize("family", ["llama", "mpt", "gemma2"])
+def test_a_batch_of_chats_continues_from_its_cache(build, reference, family):
+    """Rows of unlike lengths, padded on the left, some without an image."""
+    model = build(family, "cross_attention")
+    layouts = ["2 img 4 req 2", "6", "img 3 req 1 3 2 req 1"]
+    first = inputs_of(model, layouts)
+    del first["labels"]
+    out = model.generate(**first, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True)
+    pictures = iter(first["pixel_values"].split([1, 1]))
+    images = [next(pictures) if "img" in layout else None for layout in layouts]
+    turns = ["2 req 1", "8", "2 req 1"]  # of one length, so that no padding stands inside a row
+    rows = []
+    for index, (layout, turn) in enumerate(zip(layouts, turns, strict=True)):
+        prompt, _ = tiny.row(model.config, layout, index)
+        rows.append(prompt + out.sequences[index, -4:].tolist() + tiny.row(model.config, turn, index + 10)[0])
+    inputs = tiny.batch([(row, row) for row in rows], "left")
+    expected = reference(model, family).generate_batch(
+        list(zip(rows, images, strict=True)), max_new_tokens=4, min_new_tokens=4
+    )
+    got = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        pixel_values=first["pixel_values"],
+        past_key_values=out.past_key_values,
+        max_new_tokens=4,
+        min_new_tokens=4,
+    )
+    assert got[:, -4:].tolist() == expected
+
+
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_forward_continues_from_a_cache(build, reference, family):
     """Logits of new columns behind returned past_key_values, given alone or with the whole sequence."""

@@ -1,0 +1,84 @@
+"""Stage 2, multimodal instruction following: the language model learns to ask the picture and to read its answer.
+
+CLIP, the language model and the static mapping of stage 1 stay frozen; the rest of the IPN trains on answers. The
+defaults are the paper's recipe: batch 256 on one device. CLIP ViT-L/14 and OPT-IML-1.3B on a GPU, after their stage 1,
+on LLaVA's conversations as they are published, or your own (docs/own-data.md):
+
+    python examples/run_instruct.py \
+        --model_name_or_path outputs/opt-pretrain \
+        --dtype bfloat16 --bf16 --dataloader_num_workers 8 \
+        --dataset_name_or_path llava_instruct_150k.json --image_folder coco/train2017 \
+        --output_dir outputs/opt-instruct
+
+The digits world, after its stage 1:
+
+    python examples/run_instruct.py \
+        --model_name_or_path outputs/digits-pretrain \
+        --dataset_name_or_path outputs/scenes/conversations.jsonl \
+        --per_device_train_batch_size 64 --gradient_accumulation_steps 1 --learning_rate 1e-3 \
+        --output_dir outputs/digits-instruct
+
+Captions as conversations: `--instruction "Describe the picture." --answer_column caption`. A run that was stopped goes
+on with `--resume_from_checkpoint last`.
+"""
+
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from transformers import HfArgumentParser
+
+from transformers_lmeye.data import ConversationDataset
+from transformers_lmeye.training import (
+    ConversationCollator,
+    ConversationDataArguments,
+    LMEyeTrainer,
+    ModelArguments,
+    StageTrainingArguments,
+    load_model,
+    train_and_save,
+)
+
+
+@dataclass
+class AblationArguments:
+    train_static_mapping: bool = field(
+        default=False,
+        metadata={"help": "Train the static mapping on the conversations in place of the rest of the IPN."},
+    )
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, ConversationDataArguments, StageTrainingArguments, AblationArguments))
+    model_args, data_args, training_args, ablation_args = parser.parse_args_into_dataclasses()
+
+    model, processor = load_model(model_args, training_args.seed)
+    num_trained = model.freeze_for_stage("pretrain" if ablation_args.train_static_mapping else "instruct")
+    if training_args.should_log:
+        print(f"Stage 2 trains {num_trained:,} of {model.num_parameters():,} parameters.")
+
+    def conversations(rows: Dataset, evaluation: bool = False) -> ConversationDataset:
+        return ConversationDataset(
+            rows,
+            image_column=data_args.image_column,
+            messages_column=data_args.messages_column,
+            question_column=data_args.question_column,
+            answer_column=data_args.answer_column,
+            instruction=data_args.instruction,
+            image_folder=data_args.image_folder_of(evaluation),
+            lists=data_args.lists,
+        )
+
+    eval_rows = data_args.eval_rows()
+    trainer = LMEyeTrainer(
+        model,
+        training_args,
+        data_collator=ConversationCollator(processor, data_args.max_length),
+        train_dataset=conversations(data_args.train_rows()),
+        eval_dataset=None if eval_rows is None else conversations(eval_rows, evaluation=True),
+        processing_class=processor,
+    )
+    train_and_save(trainer)
+
+
+if __name__ == "__main__":
+    main()

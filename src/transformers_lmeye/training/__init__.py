@@ -1,0 +1,21 @@
+"""The two training stages of the paper on the Transformers `Trainer`."""
+
+from .arguments import ConversationDataArguments, ModelArguments, PairDataArguments, StageTrainingArguments
+from .collators import ConversationCollator, PairCollator
+from .stages import load_model, train_and_save
+from .trainer import LearningCurveCallback, LMEyeTrainer, write_learning_curve
+
+
+__all__ = [
+    "ConversationCollator",
+    "ConversationDataArguments",
+    "LMEyeTrainer",
+    "LearningCurveCallback",
+    "ModelArguments",
+    "PairCollator",
+    "PairDataArguments",
+    "StageTrainingArguments",
+    "load_model",
+    "train_and_save",
+    "write_learning_curve",
+]

@@ -1,0 +1,441 @@
+"""Which tokens are targets: cases worked out by hand, in either stage and in several chat templates."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from transformers_lmeye import LMEyeProcessor
+from transformers_lmeye.training import ConversationCollator, PairCollator
+
+
+IGNORED = -100
+THINKING_TEMPLATE = (  # Qwen3's way: an empty thought before the answer of the last turn, none in turns before
+    "{% for m in messages %}"
+    "{{ '[' + m['role'] + ']\n' }}"
+    "{% if loop.last and m['role'] == 'assistant' %}{{ '[q]' }}{% endif %}"
+    "{{ m['content'] + '</s>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
+)
+ENDLESS_TEMPLATE = (  # no end-of-turn token
+    "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+FORCING_TEMPLATE = (  # DeepSeek-R1's way: the prompt holds the beginning of a thought that the finished turn has not
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]think' }}{% endif %}"
+)
+HIDING_TEMPLATE = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+
+
+@pytest.fixture
+def processor(folders, tmp_path):
+    def make(chat_template: str | None = None, keep_spaces: bool = True, **kwargs: Any) -> LMEyeProcessor:
+        language = tmp_path / "language"
+        tiny.language_config("llama").save_pretrained(language)
+        tiny.tokenizer(chat_template, keep_spaces).save_pretrained(language)
+        kwargs = {"num_dynamic_tokens": 2, **kwargs}
+        return LMEyeProcessor.from_vision_language_pretrained(str(folders.vision()), str(language), **kwargs)
+
+    return make
+
+
+def _image(seed: int = 0) -> dict[str, Any]:
+    return {"type": "image", "image": tiny.picture(seed)}
+
+
+def _words(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _conversation(*turns: Any) -> list[dict[str, Any]]:
+    """Messages of turns, user first; a turn is a text or a list of parts."""
+    roles = ("user", "assistant")
+    return [
+        {"role": roles[i % 2], "content": [_words(turn)] if isinstance(turn, str) else turn}
+        for i, turn in enumerate(turns)
+    ]
+
+
+def _split(processor, row: torch.Tensor, labels: torch.Tensor) -> list[tuple[str, bool]]:
+    """The row's tokens, and whether each is a target; labels that are neither the token nor ignored fail."""
+    assert all(label in (IGNORED, token) for token, label in zip(row.tolist(), labels.tolist(), strict=True))
+    tokens = processor.tokenizer.convert_ids_to_tokens(row.tolist())
+    return list(zip(tokens, (labels != IGNORED).tolist(), strict=True))
+
+
+def _prompts_and_targets(processor, batch: dict[str, torch.Tensor], row: int = 0) -> list[str]:
+    """Runs of tokens joined: prompt, targets, prompt, targets, ..."""
+    length = int(batch["attention_mask"][row].sum())
+    runs: list[str] = []
+    for token, target in _split(processor, batch["input_ids"][row, :length], batch["labels"][row, :length]):
+        if target == bool(len(runs) % 2) and runs:
+            runs.append("")
+        runs = runs or [""]
+        runs[-1] += token
+    return runs
+
+
+# --- stage 1 ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_caption_follows_its_image(processor):
+    p = processor()
+    batch = PairCollator(p)(
+        [
+            {"id": "a", "image": tiny.picture(0), "caption": "a cat on a house."},
+            {"id": "b", "image": tiny.picture(1), "caption": " red dog\n"},
+        ]
+    )
+    assert _prompts_and_targets(p, batch, 0) == ["<img>", "a cat on a house.</s>"]
+    assert _prompts_and_targets(p, batch, 1) == ["<img>", "red dog</s>"]
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (2, 12)
+    assert batch["input_ids"][:, 0].tolist() == [p.image_token_id] * 2
+    assert batch["attention_mask"].tolist() == [[1] * 12, [1] * 5 + [0] * 7]
+    assert batch["labels"][1, 5:].tolist() == [IGNORED] * 7
+    alone = p.image_processor([tiny.picture(0), tiny.picture(1)], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(batch["pixel_values"], alone, atol=0, rtol=0)
+
+
+def test_several_static_tokens_and_bos(processor):
+    p = processor(num_static_tokens=3, add_bos=True)
+    batch = PairCollator(p)([{"id": "a", "image": tiny.picture(), "caption": "cat"}])
+    assert _prompts_and_targets(p, batch) == ["<s><img> <img> <img>", "cat</s>"]
+
+
+def test_a_caption_is_words_throughout(processor):
+    """Slots and special tokens written in a caption stay words."""
+    p = processor()
+    batch = PairCollator(p)([{"id": "a", "image": tiny.picture(), "caption": "<img> cat <img-d>"}])
+    assert _prompts_and_targets(p, batch) == ["<img>", "<img> cat <img-d></s>"]
+    assert (batch["input_ids"] >= tiny.TABLE_ROWS).sum() == 1
+    batch = PairCollator(p)([{"id": "a", "image": tiny.picture(), "caption": "a</s>b"}])
+    assert (batch["input_ids"] == p.tokenizer.eos_token_id).sum() == 1
+
+
+def test_the_end_of_text_counts_where_it_is_the_padding_too(processor):
+    p = processor()
+    p.tokenizer.pad_token = p.tokenizer.eos_token
+    samples = [{"id": c, "image": tiny.picture(), "caption": c} for c in ("cat", "cat on a dog")]
+    batch = PairCollator(p)(samples)
+    words = batch["input_ids"][0].tolist()
+    assert words[2:] == [p.tokenizer.eos_token_id] * (len(words) - 2)
+    assert batch["labels"][0].tolist() == [IGNORED, *words[1:3], *[IGNORED] * (len(words) - 3)]
+
+
+def test_a_cut_caption_has_no_end(processor):
+    p = processor()
+    sample = {"id": "row 4", "image": tiny.picture(), "caption": "a cat on a house"}
+    assert _prompts_and_targets(p, PairCollator(p, max_length=4)([sample])) == ["<img>", "a cat"]
+    assert _prompts_and_targets(p, PairCollator(p, max_length=11)([sample])) == ["<img>", "a cat on a house</s>"]
+    with pytest.raises(ValueError, match=r"Sample row 4 has no target token: max_length=1 leaves no room.*Raise"):
+        PairCollator(p, max_length=1)([sample])
+
+
+@pytest.mark.parametrize("caption", ["", " \n"])
+def test_an_empty_caption_is_named(processor, caption):
+    with pytest.raises(ValueError, match=r"Sample row 7 has no target token: its caption is empty. Leave the row out"):
+        PairCollator(processor())([{"id": "row 7", "image": tiny.picture(), "caption": caption}])
+
+
+# --- stage 2 ---------------------------------------------------------------------------------------------------------
+
+ONE = _conversation([_image(), _words("what is the man doing?")], "in a house")
+THREE = _conversation([_image(), _words("what?")], "a cat", "where?", "house", "how many?", "yes")
+TWO_IMAGES = _conversation([_image(0), _words("a")], "cat", [_image(1), _words("how")], "dog")
+WORDS = _conversation("what is <img> in a house?", "a dog", "is <img-d> a cat?", "no")
+
+CASES = {
+    "one turn, released format": (
+        None,
+        ONE,
+        ["Image as evidence: <img>\n Question: what is the man doing? <img-d> <img-d>\nAnswer:", " in a house</s>"],
+    ),
+    "three turns, released format": (
+        None,
+        THREE,
+        [
+            "Image as evidence: <img>\n Question: what? <img-d> <img-d>\nAnswer:",
+            " a cat</s>",
+            "\nQuestion: where? <img-d> <img-d>\nAnswer:",
+            " house</s>",
+            "\nQuestion: how many? <img-d> <img-d>\nAnswer:",
+            " yes</s>",
+        ],
+    ),
+    "two images, released format": (
+        None,
+        TWO_IMAGES,
+        [
+            "Image as evidence: <img>\n Question: a <img-d> <img-d>\nAnswer:",
+            " cat</s>",
+            "\nImage as evidence: <img>\n Question: how <img-d> <img-d>\nAnswer:",
+            " dog</s>",
+        ],
+    ),
+    "answers that stand in the prompts": (
+        None,
+        _conversation([_image(), _words("Answer : ?")], "Answer", "assistant ?", "Question"),
+        [
+            "Image as evidence: <img>\n Question: Answer : ? <img-d> <img-d>\nAnswer:",
+            " Answer</s>",
+            "\nQuestion: assistant ? <img-d> <img-d>\nAnswer:",
+            " Question</s>",
+        ],
+    ),
+    "chat template": (
+        tiny.CHAT_TEMPLATE,
+        THREE,
+        [
+            "[user] <img>\nwhat? <img-d> <img-d></s>\n[assistant] ",
+            "a cat</s>",
+            "\n[user] where? <img-d> <img-d></s>\n[assistant] ",
+            "house</s>",
+            "\n[user] how many? <img-d> <img-d></s>\n[assistant] ",
+            "yes</s>",
+            "\n",
+        ],
+    ),
+    "an answer that is the role's name": (
+        tiny.CHAT_TEMPLATE,
+        _conversation([_image(), _words("user")], "assistant"),
+        ["[user] <img>\nuser <img-d> <img-d></s>\n[assistant] ", "assistant</s>", "\n"],
+    ),
+    "system prompt": (
+        tiny.CHAT_TEMPLATE,
+        [{"role": "system", "content": [_words("see")]}, *ONE],
+        [
+            "[system] see</s>\n[user] <img>\nwhat is the man doing? <img-d> <img-d></s>\n[assistant] ",
+            "in a house</s>",
+            "\n",
+        ],
+    ),
+    "a question at the end": (
+        tiny.CHAT_TEMPLATE,
+        [*ONE, {"role": "user", "content": [_words("where?")]}],
+        [
+            "[user] <img>\nwhat is the man doing? <img-d> <img-d></s>\n[assistant] ",
+            "in a house</s>",
+            "\n[user] where? <img-d> <img-d></s>\n",
+        ],
+    ),
+    "an empty thought before the last answer": (
+        THINKING_TEMPLATE,
+        _conversation([_image(), _words("what?")], "cat", "where?", "house"),
+        [
+            "[user]\n<img>\nwhat? <img-d> <img-d></s>\n[assistant]\n",
+            "cat</s>",
+            "\n[user]\nwhere? <img-d> <img-d></s>\n[assistant]\n",
+            "[q]house</s>",
+            "\n",
+        ],
+    ),
+    "a template without end of turn": (
+        ENDLESS_TEMPLATE,
+        _conversation([_image(), _words("what?")], "cat", "where?", "house"),
+        [
+            "user:<img>\nwhat? <img-d> <img-d>\nassistant:",
+            "cat",
+            "\nuser:where? <img-d> <img-d>\nassistant:",
+            "house</s>",
+        ],
+    ),
+    "a prompt that begins the thought": (
+        FORCING_TEMPLATE,
+        _conversation([_image(), _words("what?")], "cat"),
+        ["[user]<img>\nwhat? <img-d> <img-d></s>[assistant]", "cat</s>"],
+    ),
+    "words alone, released format": (
+        None,
+        WORDS,
+        [
+            "Question: what is <img> in a house?\nAnswer:",
+            " a dog</s>",
+            "\nQuestion: is <img-d> a cat?\nAnswer:",
+            " no</s>",
+        ],
+    ),
+    "words alone, chat template": (
+        tiny.CHAT_TEMPLATE,
+        _conversation("what?", "a dog"),
+        ["[user] what?</s>\n[assistant] ", "a dog</s>", "\n"],
+    ),
+    "answers of several parts with blanks around": (
+        None,
+        _conversation([_image(), _words("what?")], [_words(" a "), _words("cat\n")]),
+        ["Image as evidence: <img>\n Question: what? <img-d> <img-d>\nAnswer:", " a cat</s>"],
+    ),
+    "an empty answer among others": (
+        None,
+        _conversation([_image(), _words("what?")], "", "where?", "house"),
+        [
+            "Image as evidence: <img>\n Question: what? <img-d> <img-d>\nAnswer: </s>"
+            "\nQuestion: where? <img-d> <img-d>\nAnswer:",
+            " house</s>",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_answer_and_its_end_are_targets(processor, name):
+    template, messages, expected = CASES[name]
+    p = processor(template)
+    batch = ConversationCollator(p)([{"id": "a", "messages": messages}])
+    assert _prompts_and_targets(p, batch) == expected
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_without_spaces(processor, name):
+    """A tokenizer that drops blanks gives the same words the same labels."""
+    template, messages, expected = CASES[name]
+    p = processor(template, keep_spaces=False)
+    batch = ConversationCollator(p)([{"id": "a", "messages": messages}])
+    runs = ["".join(run.split()) for run in expected]
+    assert _prompts_and_targets(p, batch) == [run for run in runs if run]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "end of turn" not in name])
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_the_tokens_are_the_processors(processor, name, add_bos):
+    """What is trained on is what the processor makes of the conversation, and of the prompt for its first answer."""
+    template, messages, _ = CASES[name]
+    p = processor(template, add_bos=add_bos)
+    batch = ConversationCollator(p)([{"id": "a", "messages": messages}])
+    stripped = [
+        {**m, "content": [_words("".join(part["text"] for part in m["content"]).strip())]}
+        if m["role"] == "assistant"
+        else m
+        for m in messages
+    ]
+    kwargs = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    whole = p.apply_chat_template(stripped, **kwargs)
+    assert torch.equal(batch["input_ids"], whole["input_ids"])
+    if "pixel_values" in whole:
+        assert torch.equal(batch["pixel_values"], whole["pixel_values"])
+    assert ("pixel_values" in whole) == ("pixel_values" in batch)
+    if "empty answer" in name or "begins the thought" in name:
+        return
+    first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    prompt = p.apply_chat_template(messages[:first], add_generation_prompt=True, **kwargs)["input_ids"][0]
+    start = int((batch["labels"][0] != IGNORED).nonzero()[0, 0])
+    assert torch.equal(batch["input_ids"][0, :start], prompt)
+
+
+def _byte_level_tokenizer(path: Path) -> Path:
+    """A byte-level BPE as GPT-2's and OPT's, whose words carry their blank and whose sequences start with a bos."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["</s>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    backend.train_from_iterator(
+        ["Image as evidence: Question: what is the man doing? Answer: in a house"] * 3, trainer
+    )
+    bos = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), bos])
+    tiny.language_config("opt", vocab_size=300).save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", bos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("messages", [ONE, THREE, _conversation("what?", "a dog", "where?", "in a house")])
+def test_subword_tokenizers(folders, tmp_path, request, kind, messages):
+    """Targets decode to the answers, and what stands before the first is the prompt a user would give."""
+    if kind == "byte-level":
+        path = _byte_level_tokenizer(tmp_path)
+    else:
+        path = request.getfixturevalue("stories") / "hf"
+    p = LMEyeProcessor.from_vision_language_pretrained(str(folders.vision()), str(path), num_dynamic_tokens=2)
+    batch = ConversationCollator(p)([{"id": "a", "messages": messages}])
+    ids, is_target = batch["input_ids"][0], batch["labels"][0] != IGNORED
+    answers = [m["content"][0]["text"] for m in messages if m["role"] == "assistant"]
+    assert (
+        p.tokenizer.decode(ids[is_target]).replace("</s>", " </s> ").split() == " </s> ".join([*answers, ""]).split()
+    )
+    prompt = p.apply_chat_template(
+        messages[:1], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )["input_ids"][0]
+    start = int(is_target.nonzero()[0, 0])
+    assert torch.equal(ids[:start], prompt)
+
+
+def test_a_batch_of_all_kinds(processor):
+    """Rows keep their labels in company; pictures stand in the order of their slots."""
+    p = processor()
+    names = ["two images, released format", "words alone, released format", "one turn, released format"]
+    collator = ConversationCollator(p)
+    batch = collator([{"id": n, "messages": CASES[n][1]} for n in names])
+    for row, name in enumerate(names):
+        assert _prompts_and_targets(p, batch, row) == CASES[name][2]
+    pictures = [tiny.picture(0), tiny.picture(1), tiny.picture(0)]
+    expected = p.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"], expected)
+    longest = int(batch["attention_mask"].sum(dim=1).max())
+    assert batch["input_ids"].shape == (3, longest)
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+    words = collator([{"id": "w", "messages": WORDS}])
+    assert "pixel_values" not in words
+
+
+def test_a_model_without_requests(processor):
+    p = processor(interaction="none", num_static_tokens=2)
+    batch = ConversationCollator(p)([{"id": "a", "messages": ONE}])
+    assert _prompts_and_targets(p, batch) == [
+        "Image as evidence: <img> <img>\n Question: what is the man doing?\nAnswer:",
+        " in a house</s>",
+    ]
+
+
+def test_cutting(processor):
+    p = processor()
+    runs = CASES["three turns, released format"][2]
+    lengths = [len(p.tokenizer(run, add_special_tokens=False)["input_ids"]) for run in runs]
+
+    def collate(max_length: int) -> list[str]:
+        batch = ConversationCollator(p, max_length)([{"id": "row 3", "messages": THREE}])
+        return _prompts_and_targets(p, batch)
+
+    assert collate(sum(lengths)) == runs
+    assert collate(sum(lengths) - 1) == [*runs[:-1], " yes"]
+    with pytest.raises(ValueError, match=r"Sample row 3: it has no target token: max_length=\d+ cuts its answers off"):
+        ConversationCollator(p, lengths[0])([{"id": "row 3", "messages": THREE[:2]}])
+    for max_length in (5, lengths[0] - 4, sum(lengths[:4])):
+        with pytest.raises(
+            ValueError, match=r"Sample row 3: it is \d+ tokens long.* would cut a slot. Raise max_length"
+        ):
+            collate(max_length)
+
+
+BAD = {
+    "no answer": (None, ONE[:1], "Sample x: it has no target token: none of its assistant turns says anything"),
+    "empty answer": (None, _conversation([_image()], "  "), "Sample x: it has no target token: none of its"),
+    "hidden answer": (
+        HIDING_TEMPLATE,
+        _conversation("a", "cat"),
+        "Sample x: the chat template does not show assistant",
+    ),
+    "slot among the words": (
+        None,
+        _conversation([_image(), _words("is <img> a tag?")], "yes"),
+        "Sample x: Image features and image tokens do not match",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_conversations_are_named(processor, name):
+    template, messages, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        ConversationCollator(processor(template))([{"id": "x", "messages": messages}])
