@@ -34,13 +34,22 @@ from transformers_lmeye.training import (
     LMEyeTrainer,
     ModelArguments,
     StageTrainingArguments,
+    collect_requests,
     load_model,
+    standardize_requests,
     train_and_save,
 )
 
 
 @dataclass
-class AblationArguments:
+class StageTwoArguments:
+    standardize_requests: int = field(
+        default=0,
+        metadata={
+            "help": "Start the request projection on mean and deviation of this many samples' requests (0: not at "
+            "all). A few hundred spare a new IPN the plateau at the start."
+        },
+    )
     train_static_mapping: bool = field(
         default=False,
         metadata={"help": "Train the static mapping on the conversations in place of the rest of the IPN."},
@@ -48,11 +57,11 @@ class AblationArguments:
 
 
 def main() -> None:
-    parser = HfArgumentParser((ModelArguments, ConversationDataArguments, StageTrainingArguments, AblationArguments))
-    model_args, data_args, training_args, ablation_args = parser.parse_args_into_dataclasses()
+    parser = HfArgumentParser((ModelArguments, ConversationDataArguments, StageTrainingArguments, StageTwoArguments))
+    model_args, data_args, training_args, stage_args = parser.parse_args_into_dataclasses()
 
     model, processor = load_model(model_args, training_args.seed)
-    num_trained = model.freeze_for_stage("pretrain" if ablation_args.train_static_mapping else "instruct")
+    num_trained = model.freeze_for_stage("pretrain" if stage_args.train_static_mapping else "instruct")
     if training_args.should_log:
         print(f"Stage 2 trains {num_trained:,} of {model.num_parameters():,} parameters.")
 
@@ -69,11 +78,16 @@ def main() -> None:
         )
 
     eval_rows = data_args.eval_rows()
+    train_dataset = conversations(data_args.train_rows())
+    collator = ConversationCollator(processor, data_args.max_length)
+    if stage_args.standardize_requests and not training_args.resume_from_checkpoint:
+        requests = collect_requests(model, collator, train_dataset, stage_args.standardize_requests)
+        standardize_requests(model.ipn, requests)
     trainer = LMEyeTrainer(
         model,
         training_args,
-        data_collator=ConversationCollator(processor, data_args.max_length),
-        train_dataset=conversations(data_args.train_rows()),
+        data_collator=collator,
+        train_dataset=train_dataset,
         eval_dataset=None if eval_rows is None else conversations(eval_rows, evaluation=True),
         processing_class=processor,
     )

@@ -109,6 +109,7 @@ def test_both_stages(run, backbones, data, tmp_path, capsys):
 
     run(
         "run_instruct.py",
+        *("--standardize_requests", 4),
         *("--model_name_or_path", one, "--dataset_name_or_path", data / "conversations.jsonl"),
         *("--max_steps", 4, "--save_steps", 2, "--output_dir", two),
     )

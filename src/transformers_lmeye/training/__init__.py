@@ -2,6 +2,7 @@
 
 from .arguments import ConversationDataArguments, ModelArguments, PairDataArguments, StageTrainingArguments
 from .collators import ConversationCollator, PairCollator
+from .requests import collect_requests, standardize_requests
 from .stages import load_model, train_and_save
 from .trainer import LearningCurveCallback, LMEyeTrainer, write_learning_curve
 
@@ -15,7 +16,9 @@ __all__ = [
     "PairCollator",
     "PairDataArguments",
     "StageTrainingArguments",
+    "collect_requests",
     "load_model",
+    "standardize_requests",
     "train_and_save",
     "write_learning_curve",
 ]
