@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ class Folders:
 
 
 def _slug(kwargs: dict[str, Any]) -> str:
-    return "".join(c if c.isalnum() else "_" for c in json.dumps(kwargs, sort_keys=True))[:200]
+    return hashlib.sha256(json.dumps(kwargs, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,8 @@ def test_captions_follow_the_image_at_column_0(scenes, training, ipn):
 
 
 def test_lessons_come_in_order_and_ask_nothing_twice(training):
-    lessons = (training.Lesson(2, 1, 20), training.Lesson(5, 3, 20), training.Lesson(None, 9, 20))
+    limits = (((1, 1),), ((1, 3),), ((1, 9), (9, 9)))
+    lessons = tuple(training.Lesson(end, limit, 20) for end, limit in zip((2, 5, None), limits, strict=True))
     sample = training.training_scenes(seed=1, lessons=lessons)
     assert len(sample) == 60
     counts = (sample.digits >= 0).sum(1)
@@ -115,16 +116,16 @@ def _places(places):
 
 
 @pytest.mark.parametrize("arm", ["ipn", "clip_text"])
-def test_requests_are_standardised(scenes, training, arm):
+def test_requests_start_standardised(scenes, training, arm):
     model, processor = training.build(arm)
     sample = scenes.sample_scenes(16, "train", seed=0, min_digits=9)
     features = training.encode_pictures(model, processor, sample)
     samples = training.question_samples(processor, scenes.sample_questions(sample, 4, seed=0))
-    training.standardize_requests(model, samples, features)
+    training.start_requests(model, processor, samples, features)
     requests = model.perceive(**samples.prompts(), image_features=features[samples.scenes]).requests
     projection = model.ipn.request_projection
     if arm == "ipn":
-        seen = projection[0](requests) / training.REQUEST_SCALE
+        seen = projection[0](requests)
         torch.testing.assert_close(seen.mean(0), torch.zeros(192), rtol=0, atol=1e-3)
         torch.testing.assert_close(seen.std(0), torch.ones(192), rtol=1e-2, atol=1e-2)
     else:
@@ -194,7 +195,7 @@ def test_intervals(study):
 
 
 def test_questions_of_the_study_are_the_same_each_time_and_of_their_split(study, scenes):
-    first, second = (study.test_questions("test", 40) for _ in range(2))
+    first, second = (study.evaluation_questions("test", 40) for _ in range(2))
     assert {name: questions for name, (_, questions) in first.items()} == {
         name: questions for name, (_, questions) in second.items()
     }

@@ -19,15 +19,22 @@ PROMPTS = {
     "three_turns": "img 3 req 1 3 2 req 1 3 1 img 2 req 1",
     "ends_in_request": "img 5 req",
 }
-# Rows of unlike lengths, turns and pictures; the second is plain words.
+# Rows of unlike lengths, turns and pictures, one of plain words. The first has more pictures than the second, whose
+# request must not see the first's.
 MIXED = [
+    "1 img 1 img 2 req~ 1 =6 3",
     "2 img 6 req 2 =4",
     "4 =3",
     "img 3 req 1 =3 2 req 1 =3 1 img 2 req 1 =2",
-    "1 img 1 img 2 req~ 1 =6 3",
     "img 1 =2",
 ]
-MIXED_PROMPTS = ["2 img 6 req 2", "7", "img 3 req 1 3 2 req 1 3 1 img 2 req 1", "1 img 1 img 2 req~ 1", "img 3"]
+MIXED_PROMPTS = [
+    "1 img 1 img 2 req~ 1",
+    "2 img 6 req 2",
+    "7",
+    "img 3 req 1 3 2 req 1 3 1 img 2 req 1",
+    "img 3",
+]
 STRATEGIES = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -220,7 +227,7 @@ def test_perceive(build, reference, interaction):
     assert_same(perception.requests, requests, "requests")
     assert_same(perception.dynamic_tokens, dynamic, "dynamic tokens")
     assert perception.request_rows.tolist() == [i for i, row in enumerate(finished) for _ in row.requests]
-    assert [sum(image >= 0 for image in images) for images in perception.request_images.tolist()] == [1, 1, 1, 2, 2]
+    assert [sum(image >= 0 for image in images) for images in perception.request_images.tolist()] == [2, 1, 1, 1, 2]
     expected = [seen for row in finished for seen in row.attention]
     if interaction == "clip_text":
         assert not expected and perception.attention_maps is None
