@@ -206,7 +206,7 @@ def test_questions_of_the_study_are_the_same_each_time_and_of_their_split(study,
 
 @pytest.mark.parametrize("folder", sorted(CHECKPOINTS.glob("*")), ids=lambda folder: folder.name)
 def test_shipped_networks_fit_the_shipped_backbones(training, scenes, folder):
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 3_000_000
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3_500_000
     model, processor = training.load(folder)
     for source in model.config.backbones.values():
         assert source["name_or_path"].startswith("examples/digits/backbones/")

@@ -1,0 +1,277 @@
+"""Compares IPNs with rivals on the digits world: same data, steps, visual tokens and tuning.
+
+    python examples/digits/study.py --do tune         # learning rate of each arm, on validation handwriting
+    python examples/digits/study.py --do train        # every arm, every seed; what is done already is skipped
+    python examples/digits/study.py --do evaluate     # test handwriting: study.json, and a Markdown table
+    python examples/digits/study.py --do ship         # copies the rivals' IPNs of seed 0 into checkpoints/
+
+`--arms` and `--seeds` choose a part, so that several processes can share the work.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from scenes import KINDS, Question, Scenes, sample_questions, sample_scenes
+from training import (
+    ARMS,
+    CHECKPOINTS,
+    INSTRUCT_STEPS,
+    blind_prompts,
+    build,
+    encode_pictures,
+    exact_matches,
+    exact_matches_of_texts,
+    instruct,
+    load,
+    per_kind,
+    pretrain,
+    told_prompts,
+    training_scenes,
+)
+from transformers import HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
+
+from transformers_lmeye import LMEyeForConditionalGeneration
+from transformers_lmeye.modeling.interactive_perception import ImageFeatures
+
+
+logger = logging.getLogger("study")
+
+LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+TUNING_STEPS = 400
+NUM_TEST_QUESTIONS = 1000
+THREE_SEEDS = ("ipn", "static_tuned", "static_resampled")
+
+
+@dataclass
+class Arguments:
+    do: str = field(metadata={"help": "What to do.", "choices": ["tune", "train", "evaluate", "ship"]})
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Which arms."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Which seeds; arms that decide nothing use seed 0 alone."}
+    )
+    work_dir: str = field(default="digits_study_work", metadata={"help": "Where trained IPNs and logs lie."})
+    num_threads: int = field(default=1, metadata={"help": "CPU threads."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: list(LEARNING_RATES), metadata={"help": "What tuning tries."}
+    )
+
+
+def seeds_of(arm: str, args: Arguments) -> list[int]:
+    """The seeds an arm is trained with."""
+    return [seed for seed in args.seeds if seed == 0 or arm in THREE_SEEDS]
+
+
+def training_data(seed: int, work_dir: Path) -> tuple[Scenes, ImageFeatures]:
+    """Scenes of one seed and all the vision tower says of them, computed once for all arms."""
+    scenes = training_scenes(seed)
+    path = work_dir / f"features_{seed}.pt"
+    if not path.exists():
+        model, processor = build("ipn")
+        features = encode_pictures(model, processor, scenes)
+        torch.save({"pooled": features.pooled, "patches": features.patches}, partial := f"{path}.{os.getpid()}")
+        os.replace(partial, path)
+    return scenes, ImageFeatures(**torch.load(path))
+
+
+def evaluation_questions(split: str, num_questions: int) -> dict[str, tuple[Scenes, list[Question]]]:
+    """Full scenes of nine digits and sparse ones of one to four, four questions about each."""
+    limits = {"full": (9, 9), "sparse": (1, 4)}
+    result = {}
+    for number, (name, (low, high)) in enumerate(limits.items()):
+        scenes = sample_scenes(num_questions // 4, split, 1000 + number, low, high)
+        result[name] = (scenes, sample_questions(scenes, 4, 1000 + number))
+    return result
+
+
+def train_arm(
+    arm: str,
+    seed: int,
+    work_dir: Path,
+    learning_rate: float,
+    steps: int = INSTRUCT_STEPS,
+) -> LMEyeForConditionalGeneration:
+    """Both stages. Stage 1 is shared by all arms that have the same static perception."""
+    scenes, features = training_data(seed, work_dir)
+    model, processor = build(arm, seed)
+    config = model.config
+    static = f"stage1_{config.visual_mapping}{config.num_static_tokens}_{seed}.pt"
+    path = work_dir / static
+    if not path.exists():
+        pretrain(model, processor, scenes, features, seed, progress=False)
+        state = {name: t for name, t in model.ipn.state_dict().items() if name.startswith(("visual_", "image_token"))}
+        torch.save(state, partial := f"{path}.{os.getpid()}")
+        os.replace(partial, path)
+    model.ipn.load_state_dict(torch.load(path), strict=False)
+    if arm != "none":
+        start = time.monotonic()
+        losses = instruct(model, processor, scenes, features, seed, steps, learning_rate, progress=False)
+        seconds, tail = time.monotonic() - start, np.mean(losses[-50:])
+        logger.info(
+            "%s seed %d rate %g: %d steps in %.0f s, loss %.4f", arm, seed, learning_rate, steps, seconds, tail
+        )
+    return model
+
+
+def evaluate(model: LMEyeForConditionalGeneration, processor, split: str, num_questions: int) -> dict[str, np.ndarray]:
+    """Which questions about full and about sparse scenes are answered right."""
+    right = {}
+    for name, (scenes, questions) in evaluation_questions(split, num_questions).items():
+        right[name] = exact_matches(model, processor, questions, encode_pictures(model, processor, scenes))
+    return right
+
+
+def tune(args: Arguments, work_dir: Path) -> None:
+    """Tries the learning rates with a shortened stage 2; writes `tune_{arm}.json`."""
+    for arm in args.arms:
+        path = work_dir / f"tune_{arm}.json"
+        if arm == "none" or path.exists():
+            continue
+        figures = {}
+        for rate in args.learning_rates:
+            model = train_arm(arm, 0, work_dir, rate, TUNING_STEPS)
+            _, processor = build(arm)
+            right = evaluate(model, processor, "validation", 600)
+            figures[f"{rate:g}"] = round(100 * float(np.mean([hits.mean() for hits in right.values()])), 2)
+            logger.info("tune %s rate %g: %.2f", arm, rate, figures[f"{rate:g}"])
+        path.write_text(json.dumps(figures) + "\n")
+
+
+def best_rate(arm: str, work_dir: Path) -> float:
+    """The learning rate that read most of the validation handwriting; that of the IPN for arms that were not tuned."""
+    path = work_dir / f"tune_{arm}.json"
+    figures = json.loads((path if path.exists() else work_dir / "tune_ipn.json").read_text())
+    return float(max(figures, key=figures.get))
+
+
+def train_all(args: Arguments, work_dir: Path) -> None:
+    """Trains what is missing; writes `{arm}_{seed}/`."""
+    for seed in args.seeds:
+        for arm in args.arms:
+            folder = work_dir / f"{arm}_{seed}"
+            if seed not in seeds_of(arm, args) or (folder / "model.safetensors").exists():
+                continue
+            model = train_arm(arm, seed, work_dir, best_rate(arm, work_dir))
+            for role, name in (("vision", "clip"), ("language", "language_model")):
+                model.config.backbones[role]["name_or_path"] = f"examples/digits/backbones/{name}"
+            model.save_pretrained(folder, save_backbones=False)
+            store_in_half_precision(folder / "model.safetensors")
+            logger.info("saved %s", folder.name)
+
+
+def store_in_half_precision(path: Path) -> None:
+    """Rewrites an IPN's weights in float16: half the bytes to ship; loading makes them float32 again."""
+    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def bootstrap_interval(
+    ours: np.ndarray, theirs: np.ndarray, samples: int = 4000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Difference of two arms in percentage points with its 95% interval.
+
+    Args:
+        ours, theirs: bool `[seeds, questions]`, the same questions; questions and seeds are drawn again with
+            replacement, each arm's seeds by themselves, a question for both arms.
+    """
+    rng = np.random.default_rng(seed)
+    num_questions = ours.shape[1]
+    differences = np.empty(samples)
+    for i in range(samples):
+        columns = rng.integers(num_questions, size=num_questions)
+        a, b = (hits[rng.integers(len(hits), size=len(hits))].mean(0) for hits in (ours, theirs))
+        differences[i] = (a[columns] - b[columns]).mean()
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return tuple(round(100 * float(x), 1) for x in (ours.mean() - theirs.mean(), low, high))
+
+
+def evaluate_all(args: Arguments, work_dir: Path) -> None:
+    """Answers on test handwriting; writes `study.json` next to this file and prints the table."""
+    tests = evaluation_questions("test", NUM_TEST_QUESTIONS)
+    hits: dict[str, dict[str, list[np.ndarray]]] = {}
+    for arm in ARMS:
+        for seed in seeds_of(arm, args):
+            folder = work_dir / f"{arm}_{seed}"
+            if not (folder / "model.safetensors").exists():
+                logger.warning("%s seed %d is not trained", arm, seed)
+                continue
+            cached = folder / "test.npz"
+            if not cached.exists():
+                np.savez(cached, **evaluate(*load(folder), "test", NUM_TEST_QUESTIONS))
+            for name, right in np.load(cached).items():
+                hits.setdefault(arm, {}).setdefault(name, []).append(right)
+    model, processor = build("none")
+    for name, (scenes, questions) in tests.items():
+        prompts = {"no_image": blind_prompts(questions), "told": told_prompts(questions, scenes)}
+        for arm, texts in prompts.items():
+            right = exact_matches_of_texts(model, processor, questions, texts)
+            hits.setdefault(arm, {})[name] = [right]
+    result: dict = {
+        "learning_rates": {
+            arm: json.loads(p.read_text()) for arm in ARMS if (p := work_dir / f"tune_{arm}.json").exists()
+        },
+        "exact_match": {},
+        "ipn_minus": {},
+    }
+    for name, (_, questions) in tests.items():
+        for arm, by_name in hits.items():
+            figures = [per_kind(right, questions) for right in by_name[name]]
+            mean = {kind: round(float(np.mean([f[kind] for f in figures])), 1) for kind in (*KINDS, "all")}
+            mean["per_seed"] = [round(f["all"], 1) for f in figures]
+            result["exact_match"].setdefault(name, {})[arm] = mean
+            if arm in ARMS and arm != "ipn" and "ipn" in hits:
+                ours, theirs = (np.stack(hits[a][name]) for a in ("ipn", arm))
+                result["ipn_minus"].setdefault(name, {})[arm] = bootstrap_interval(ours, theirs)
+    (Path(__file__).parent / "study.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def table(result: dict) -> str:
+    """The results as Markdown."""
+    lines = []
+    for name, arms in result["exact_match"].items():
+        lines += [f"{name} scenes", "", f"| arm | {' | '.join(KINDS)} | all | per seed | IPN minus it |"]
+        lines.append("|---" * (len(KINDS) + 4) + "|")
+        order = ["no_image", "none", "static_tuned", "static_resampled", "clip_text", "no_request", "ipn", "told"]
+        for arm in (arm for arm in order if arm in arms):
+            figures = arms[arm]
+            gap = result["ipn_minus"].get(name, {}).get(arm)
+            gap = f"{gap[0]} [{gap[1]}, {gap[2]}]" if gap else ""
+            cells = [f"{figures[kind]:.1f}" for kind in (*KINDS, "all")]
+            seeds = ", ".join(f"{x:.1f}" for x in figures["per_seed"]) if arm in ARMS else ""
+            lines.append(f"| `{arm}` | {' | '.join(cells)} | {seeds} | {gap} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def ship(args: Arguments, work_dir: Path) -> None:
+    """Copies configuration and weights of seed 0 of every rival."""
+    for arm in args.arms:
+        if arm == "ipn":  # the quickstart trains it
+            continue
+        folder = CHECKPOINTS / arm
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "generation_config.json", "model.safetensors"):
+            shutil.copy(work_dir / f"{arm}_0" / name, folder / name)
+        logger.info("shipped %s", arm)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    disable_progress_bar()
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    torch.set_num_threads(args.num_threads)
+    work_dir = Path(args.work_dir)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    {"tune": tune, "train": train_all, "evaluate": evaluate_all, "ship": ship}[args.do](args, work_dir)
+
+
+if __name__ == "__main__":
+    main()
