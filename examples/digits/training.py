@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from transformers_lmeye import LMEyeForConditionalGeneration, LMEyeProcessor
 from transformers_lmeye.modeling.interactive_perception import ImageFeatures
+from transformers_lmeye.training import standardize_requests
 from transformers_lmeye.training.collators import IGNORED
 
 
@@ -255,19 +256,12 @@ def start_requests(
     model.ipn.request_token.copy_(model.get_input_embeddings()(word))
     samples = samples[-num_samples:]
     requests = model.perceive(**samples.prompts(), image_features=features[samples.scenes]).requests
-    projection = model.ipn.request_projection
-    if isinstance(projection, torch.nn.Sequential):  # cross_attention: layer norm with an affine map, then linear
-        norm, linear = projection
-        requests = torch.nn.functional.layer_norm(requests, norm.normalized_shape, eps=norm.eps)
-        norm.weight.copy_(1 / requests.std(0))
-        norm.bias.copy_(-requests.mean(0) / requests.std(0))
-        linear.weight.mul_(3)
+    standardize_requests(model.ipn, requests)
+    if model.config.interaction == "cross_attention":
+        model.ipn.request_projection[1].weight.mul_(3)
         model.ipn.interaction.queries.mul_(0.3)
         for block in model.ipn.interaction.blocks:
             block.cross_attention.key.weight.mul_(1.5)
-    else:  # clip_text: the same map, folded into its linear layer
-        projection.weight.div_(requests.std(0))
-        projection.bias.copy_(-projection.weight @ requests.mean(0))
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
