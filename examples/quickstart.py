@@ -101,7 +101,7 @@ def draw_answers(model: LMEyeForConditionalGeneration, processor: LMEyeProcessor
         axes[scene, 0].imshow(image)
         axes[scene, 0].set_title("unseen handwriting" if scene == 0 else "")
         for column, kind in enumerate(KINDS, start=1):
-            (question,) = sample_questions(scenes.select([scene]), 1, seed=scene, kinds=[kind])
+            (question,) = sample_questions(scenes.select([scene]), 1, seed=10 * scene + column, kinds=[kind])
             inputs = processor(images=image, text=question.question, return_tensors="pt")
             ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
             (answer,) = processor.post_process_image_text_to_text(ids)

@@ -558,6 +558,7 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
                 new columns alone, or the whole sequence.
             pixel_values (`[num_images, channels, height, width]`): in the order of the `<img>` slots, row by row.
             attention_mask (`[batch, seq]`): 0 at padding, on either side.
+            position_ids (int `[batch, seq]`): for words alone; with slots they follow from `attention_mask`.
             past_key_values (`DynamicCache`, *optional*): what was read before.
             inputs_embeds (`[batch, seq, d_L]`): in place of `input_ids`, handed to the language model as they are.
             labels (int `[batch, seq]`): targets, -100 where there is none. Slots are never targets.
@@ -599,6 +600,8 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
             outputs = self._read_with_images(
                 input_ids, attention_mask, pixel_values, image_features, past_key_values, logits_to_keep, kwargs
             )
+            if use_cache is False:
+                outputs["past_key_values"] = None
             if labels is not None:
                 labels = labels.masked_fill(self._is_slot(input_ids[:, -labels.shape[1] :]), -100)
         loss = None
