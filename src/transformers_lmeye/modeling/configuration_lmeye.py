@@ -22,37 +22,57 @@ class LMEyeConfig(PreTrainedConfig):
     Configuration of [`LMEyeForConditionalGeneration`].
 
     Args:
-        vision_config (`PreTrainedConfig` or `dict`): the CLIP vision tower.
-        text_config (`PreTrainedConfig` or `dict`): the causal language model, any of `AutoModelForCausalLM`.
+        vision_config (`PreTrainedConfig` or `dict`): the vision tower: CLIP's, SigLIP's, BLIP-2's, open_clip's, or any
+            vision model with patch tokens and a pooled output.
+        text_config (`PreTrainedConfig` or `dict`): the language model, any of `AutoModelForCausalLM` or
+            `AutoModelForSeq2SeqLM`.
         clip_text_config (`PreTrainedConfig` or `dict`, *optional*): the frozen CLIP text encoder; only with
             `interaction="clip_text"`.
+        qformer_config (`PreTrainedConfig` or `dict`, *optional*): BLIP-2's frozen Q-Former, where `visual_mapping` or
+            `fine_grained_source` is `"qformer"`.
+        num_query_tokens (`int`): the Q-Former's outputs per image.
         interaction (`str`): what turns a request and the image into dynamic information.
             `"clip_text"`: the frozen CLIP text transformer reads image and request (paper, first revisions).
             `"cross_attention"`: request vectors attend to image features in a trained stack (RVII, last revision).
             `"none"`: only the static mapping (the paper's IPN*).
         visual_mapping (`str`): the static perception. `"linear"`: the global image feature mapped by one matrix.
-            `"resampler"`: learned queries attend to the patches, whatever is asked.
-        num_static_tokens (`int`): `<img>` slots per image.
+            `"qformer"`: each output of BLIP-2's Q-Former mapped by one matrix. `"resampler"`: learned queries attend
+            to the patches, whatever is asked.
+        num_static_tokens (`int`, *optional*): `<img>` slots per image; `num_query_tokens` with `"qformer"`, else 1 by
+            default.
         num_dynamic_tokens (`int`): `<img-d>` slots per request, *k* in the paper (5 for LLaMA and BLOOMZ, 1 for
             OPT-IML).
-        fine_grained_source (`str`): what the interaction sees of an image: `"global"`, the projected image feature, or
-            `"patch"`, the vision tower's patch tokens. Default: `"global"` for `clip_text`, else `"patch"`.
+        num_request_rounds (`int`): requests a question asks one after another, each seeing what the earlier ones
+            brought; one round has `num_dynamic_tokens` slots.
+        keep_request_token (`bool`, *optional*): whether the request has a slot of its own, `<img-q>`, that stays in
+            the sequence, and dynamic tokens a learned vector of their own. Default: for encoder-decoders alone, which
+            need it; a causal model drops the request token once its hidden state is known.
+        fine_grained_source (`str`, *optional*): what the interaction sees of an image: `"global"`, the projected image
+            feature, `"patch"`, the vision tower's patch tokens, or `"qformer"`, the Q-Former's outputs. Default:
+            `"patch"` for `cross_attention`; for `clip_text` `"qformer"` in encoder-decoders that have one, else
+            `"global"`.
         vision_feature_layer (`int`): index into the vision tower's `hidden_states` that patch tokens are taken from.
-        num_fine_grained_tokens (`int`): soft tokens per image in the CLIP text transformer (`clip_text`).
+        num_fine_grained_tokens (`int`, *optional*): soft tokens per image in the CLIP text transformer (`clip_text`).
+            Of the global feature one matrix makes that many (5 by default); patches and Q-Former outputs are
+            average-pooled to that many, and taken as they are without it.
         fine_grained_dropout (`float`): dropout on these soft tokens while training.
         use_request (`bool`): `False` puts zeros in the request's place, the ablation that shows what it carries.
+        num_request_vectors (`int`, *optional*): vectors a request is split into. Default: `num_dynamic_tokens`, or 1
+            where `dynamic_readout` is `"eos"`.
+        dynamic_readout (`str`, *optional*): where dynamic tokens are read from the CLIP text transformer. `"eos"`: all
+            from its output at eos (default for causal models). `"last"`: one from each of its last
+            `num_dynamic_tokens` outputs (default for encoder-decoders). The cross-attention stack is always read at
+            its last vectors.
         interaction_hidden_size (`int`): width of the cross-attention stack.
         interaction_intermediate_size (`int`, *optional*): width of its feed-forward, 4 x `interaction_hidden_size`.
         interaction_num_layers (`int`): its blocks.
         interaction_num_heads (`int`): its attention heads.
-        num_request_vectors (`int`, *optional*): vectors a request is split into, at least `num_dynamic_tokens` (the
-            default); the last `num_dynamic_tokens` of the stack's outputs become dynamic tokens.
         slot_init_std (`float`): standard deviation that new slot vectors are initialised to; the factory sets it to
             that of the language model's input embeddings.
         image_token_id, request_token_id, dynamic_token_id (`int`, *optional*): ids of `<img>`, `<img-q>`, `<img-d>`.
             All lie outside the language model's embedding table, so that no slot can be generated.
-        backbones (`dict`, *optional*): where the frozen parts come from: for `"vision"` and `"language"` a name or
-            path, a revision and a fingerprint of the source files.
+        backbones (`dict`, *optional*): where the frozen parts come from: for `"vision"`, `"language"` and, where it is
+            not the vision model's own, `"clip_text"` a name or path, a revision and a fingerprint of the source files.
         includes_backbones (`bool`): whether the checkpoint holds the frozen parts, or the IPN alone.
     """
 
@@ -61,25 +81,31 @@ class LMEyeConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
         "clip_text_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_text_model", optional=True),
+        "qformer_config": SubConfigSpec(config_class=AutoConfig, model_type="blip_2_qformer", optional=True),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     clip_text_config: dict | PreTrainedConfig | None = None
+    qformer_config: dict | PreTrainedConfig | None = None
+    num_query_tokens: int = 32
     interaction: Literal["clip_text", "cross_attention", "none"] = "clip_text"
-    visual_mapping: Literal["linear", "resampler"] = "linear"
-    num_static_tokens: int = 1
+    visual_mapping: Literal["linear", "qformer", "resampler"] = "linear"
+    num_static_tokens: int | None = None
     num_dynamic_tokens: int = 5
-    fine_grained_source: Literal["global", "patch"] | None = None
+    num_request_rounds: int = 1
+    keep_request_token: bool | None = None
+    fine_grained_source: Literal["global", "patch", "qformer"] | None = None
     vision_feature_layer: int = -2
-    num_fine_grained_tokens: int = 5
+    num_fine_grained_tokens: int | None = None
     fine_grained_dropout: float = 0.5
     use_request: bool = True
+    num_request_vectors: int | None = None
+    dynamic_readout: Literal["eos", "last"] | None = None
     interaction_hidden_size: int = 768
     interaction_intermediate_size: int | None = None
     interaction_num_layers: int = 5
     interaction_num_heads: int = 12
-    num_request_vectors: int | None = None
     slot_init_std: float = 0.02
     image_token_id: int | None = None
     request_token_id: int | None = None
@@ -91,19 +117,34 @@ class LMEyeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.interaction == "clip_text" and self.clip_text_config is None:
             self.clip_text_config = {}
+        if self.qformer_config is None and "qformer" in (self.visual_mapping, self.fine_grained_source):
+            self.qformer_config = {}
         super().__post_init__(**kwargs)
+        language = self.text_config.get_text_config()
+        self.is_encoder_decoder = bool(self.text_config.is_encoder_decoder)
+        if self.keep_request_token is None:
+            self.keep_request_token = self.is_encoder_decoder
+        if self.num_static_tokens is None:
+            self.num_static_tokens = self.num_query_tokens if self.visual_mapping == "qformer" else 1
         if self.fine_grained_source is None:
-            self.fine_grained_source = "global" if self.interaction == "clip_text" else "patch"
+            if self.interaction == "cross_attention":
+                self.fine_grained_source = "patch"
+            else:
+                self.fine_grained_source = "qformer" if self.is_encoder_decoder and self.qformer_config else "global"
+        if self.num_fine_grained_tokens is None and self.fine_grained_source == "global":
+            self.num_fine_grained_tokens = 5
+        if self.dynamic_readout is None:
+            at_eos = self.interaction == "clip_text" and not self.is_encoder_decoder
+            self.dynamic_readout = "eos" if at_eos else "last"
+        if self.num_request_vectors is None:
+            self.num_request_vectors = 1 if self.dynamic_readout == "eos" else self.num_dynamic_tokens
         if self.interaction_intermediate_size is None:
             self.interaction_intermediate_size = 4 * self.interaction_hidden_size
-        if self.num_request_vectors is None:
-            self.num_request_vectors = self.num_dynamic_tokens
-        first_slot = self.text_config.get_text_config().vocab_size
         for offset, name in enumerate(("image_token_id", "request_token_id", "dynamic_token_id")):
             if getattr(self, name) is None:
-                setattr(self, name, first_slot + offset)
+                setattr(self, name, language.vocab_size + offset)
         # The head is tied inside the language model; the outer flag decides whether the library ties at all.
-        self.tie_word_embeddings = bool(self.text_config.get_text_config().tie_word_embeddings)
+        self.tie_word_embeddings = bool(language.tie_word_embeddings)
         self.auto_map = dict(AUTO_MAP)
 
     def validate_architecture(self):
@@ -112,9 +153,31 @@ class LMEyeConfig(PreTrainedConfig):
         Raises:
             ValueError: the interaction cannot be built with these sizes; the message names the field.
         """
-        if min(self.num_static_tokens, self.num_dynamic_tokens, self.num_fine_grained_tokens) < 1:
-            raise ValueError("num_static_tokens, num_dynamic_tokens and num_fine_grained_tokens must be at least 1.")
-        if self.num_request_vectors < self.num_dynamic_tokens:
+        for name in ("num_static_tokens", "num_dynamic_tokens", "num_request_rounds", "num_request_vectors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.num_fine_grained_tokens is not None and self.num_fine_grained_tokens < 1:
+            raise ValueError(f"num_fine_grained_tokens must be at least 1, not {self.num_fine_grained_tokens}.")
+        if self.visual_mapping == "qformer" and self.num_static_tokens != self.num_query_tokens:
+            raise ValueError(
+                f'visual_mapping="qformer" maps each of the {self.num_query_tokens} outputs of the Q-Former to a '
+                f"static token: leave num_static_tokens={self.num_static_tokens} out."
+            )
+        if self.is_encoder_decoder and not self.keep_request_token and self.interaction != "none":
+            raise ValueError(
+                "An encoder-decoder reads its request at `<img-q>`, which stays in the sequence: leave "
+                "keep_request_token=False out."
+            )
+        if self.interaction == "clip_text":
+            # The last outputs are those of the request vectors and of eos.
+            if self.dynamic_readout == "last" and self.num_request_vectors + 1 < self.num_dynamic_tokens:
+                raise ValueError(
+                    f"num_request_vectors={self.num_request_vectors} is too small for num_dynamic_tokens="
+                    f"{self.num_dynamic_tokens}: dynamic tokens are read at the request vectors and at eos."
+                )
+        elif self.dynamic_readout == "eos":
+            raise ValueError('dynamic_readout="eos" is for interaction="clip_text": a stack of blocks has no eos.')
+        elif self.num_request_vectors < self.num_dynamic_tokens:
             raise ValueError(
                 f"num_request_vectors={self.num_request_vectors} is smaller than num_dynamic_tokens="
                 f"{self.num_dynamic_tokens}: each dynamic token is read from a request vector of its own."
@@ -126,8 +189,6 @@ class LMEyeConfig(PreTrainedConfig):
                 f"interaction_hidden_size={self.interaction_hidden_size} is not a multiple of "
                 f"interaction_num_heads={self.interaction_num_heads}."
             )
-        if self.interaction == "clip_text" and self.fine_grained_source != "global":
-            raise ValueError('interaction="clip_text" reads the global image feature: fine_grained_source="global".')
 
 
 __all__ = ["AUTO_MAP", "LMEyeConfig"]

@@ -34,7 +34,8 @@ from .backbones import (
 )
 from .configuration_lmeye import LMEyeConfig
 from .interactive_perception import ImageFeatures, InteractivePerceptionNetwork, patch_grid
-from .segments import Segment, SegmentPlan, cache_from_tensors, cache_tensors, plan_segments, roll_padding_left
+from .reading import LaidOutBatch, SegmentReadingMixin, accepted_arguments, take_columns
+from .segments import SegmentPlan, plan_segments
 
 
 logger = logging.get_logger(__name__)
@@ -105,31 +106,6 @@ class PerceivedPrompt:
     outputs: LMEyeCausalLMOutputWithPast
 
 
-@dataclass
-class _Sequence:
-    """A batch in the making: embeddings of all columns, and which images each row holds where."""
-
-    embeds: torch.Tensor  # [B, S, d_L]
-    attention_mask: torch.Tensor  # [B, S]
-    plan: SegmentPlan
-    start: int  # columns that are in the cache already
-    features: ImageFeatures | None
-    static_tokens: torch.Tensor | None
-    image_rows: torch.Tensor  # [N], the row of each image
-    image_columns: torch.Tensor  # [N], the column of each image's first slot
-
-
-@dataclass
-class _Reading:
-    """What a sweep over a [`_Sequence`] has gathered so far."""
-
-    cache: DynamicCache
-    mask: torch.Tensor  # bool [B, C], the cache's columns that hold words or slots
-    logits: list[torch.Tensor]
-    hidden_states: list[tuple[torch.Tensor, ...]]
-    perceptions: list[dict[str, torch.Tensor]]
-
-
 class LMEyePreTrainedModel(PreTrainedModel):
     config: LMEyeConfig
     base_model_prefix = ""
@@ -152,7 +128,7 @@ class LMEyePreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, GenerationMixin):
+class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, LMEyePreTrainedModel, GenerationMixin):
     """
     A frozen language model, a frozen CLIP, and the Interactive Perception Network between them.
 
@@ -181,7 +157,7 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
             )
         self.vision_tower = vision_tower
         self.language_model = language_model
-        self._accepted = _accepted_arguments(language_model)
+        self._accepted = accepted_arguments(language_model)
         input_width, request_width = language_model_widths(language_model)
         self.ipn = InteractivePerceptionNetwork(
             config,
@@ -309,12 +285,12 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         pixel_values: torch.Tensor | None,
         image_features: ImageFeatures | None,
         start: int,
-    ) -> _Sequence:
+    ) -> LaidOutBatch:
         """Embeds words and static information and plans the segments; dynamic slots are filled as they are read."""
-        if (input_ids == self.config.request_token_id).any():
+        if not self.config.keep_request_token and (input_ids == self.config.request_token_id).any():
             raise ValueError(
-                "`<img-q>` is a slot of encoder-decoder variants. Here the first `<img-d>` of a group is the request "
-                "slot as well: leave `<img-q>` out."
+                "`<img-q>` is a slot of models with keep_request_token=True. Here the first `<img-d>` of a group is "
+                "the request slot as well: leave `<img-q>` out."
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -337,9 +313,18 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         if not has_request and (input_ids == self.config.dynamic_token_id).any():
             raise ValueError('A model with interaction="none" has no requests: leave `<img-d>` slots out.')
         plan = plan_segments(
-            input_ids, attention_mask, self.config.dynamic_token_id, self.config.num_dynamic_tokens, start
+            input_ids,
+            attention_mask,
+            self.config.dynamic_token_id,
+            self.config.num_dynamic_tokens,
+            start,
+            request_token_id=self.config.request_token_id if self.config.keep_request_token else None,
+            # Read apart, a prefix that nothing trains through leaves no graph behind.
+            split_first=self.config.keep_request_token and torch.is_grad_enabled() and not embeds.requires_grad,
         )
-        return _Sequence(embeds, attention_mask, plan, start, image_features, static_tokens, image_rows, image_columns)
+        return LaidOutBatch(
+            embeds, attention_mask, plan, start, image_features, static_tokens, image_rows, image_columns
+        )
 
     def _place_images(
         self, input_ids: torch.Tensor, image_features: ImageFeatures | None, start: int
@@ -362,7 +347,7 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         rows, columns = is_image.nonzero().T
         return rows[::per_image], columns[::per_image]
 
-    def _images_before(self, sequence: _Sequence, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    def _images_before(self, sequence: LaidOutBatch, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """The images each request sees: all of its row that stand before it. Int `[R, I]`, -1 is padding."""
         seen = (sequence.image_rows == rows[:, None]) & (sequence.image_columns < columns[:, None])  # [R, N]
         blind = (~seen.any(dim=1)).nonzero().flatten().tolist()
@@ -374,161 +359,6 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         most = int(seen.sum(dim=1).max())
         order = seen.long().argsort(dim=1, descending=True, stable=True)[:, :most]
         return order.masked_fill(~seen.gather(1, order), -1)
-
-    # --- reading -----------------------------------------------------------------------------------------------
-
-    @property
-    def _decoder(self) -> nn.Module:
-        """The language model without its head; adapters are inside."""
-        language_model = self.language_model
-        if hasattr(language_model, "get_base_model"):
-            language_model = language_model.get_base_model()
-        return language_model.get_decoder()
-
-    def _read(
-        self,
-        reading: _Reading,
-        embeds: torch.Tensor,
-        valid: torch.Tensor,
-        num_logits: int,
-        output_hidden_states: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...] | None]:
-        """
-        Runs the language model over `embeds` [B, W, d_L] behind the cache, which grows by W columns.
-
-        Returns:
-            last hidden states `[B, W, d_h]`, logits of the last `num_logits` positions (`None` for 0), hidden states.
-        """
-        lengths = reading.mask.sum(dim=1, keepdim=True)
-        positions = (lengths + valid.long().cumsum(dim=1) - 1).clamp(min=0)
-        reading.mask = torch.cat([reading.mask, valid], dim=1)
-        inputs = {"attention_mask": None if bool(reading.mask.all()) else reading.mask.long()}
-        if "position_ids" in self._accepted:
-            inputs["position_ids"] = positions
-        head = {"logits_to_keep": num_logits} if "logits_to_keep" in self._accepted else {}
-
-        def run(embeds: torch.Tensor, cache: DynamicCache):
-            arguments = dict(inputs, inputs_embeds=embeds, past_key_values=cache, use_cache=True, return_dict=True)
-            if output_hidden_states:
-                arguments["output_hidden_states"] = True
-            if not num_logits:
-                outputs = self._decoder(**arguments)
-                return outputs.last_hidden_state, None, outputs.hidden_states if output_hidden_states else None
-            seen = []
-            hook = self._decoder.register_forward_hook(lambda module, args, output: seen.append(output[0]))
-            try:
-                outputs = self.language_model(**arguments, **head)
-            finally:
-                hook.remove()
-            return seen[0], outputs.logits[:, -num_logits:], outputs.hidden_states if output_hidden_states else None
-
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not output_hidden_states:
-            return self._checkpointed(run, reading, embeds)
-        return run(embeds, reading.cache)
-
-    def _checkpointed(self, run, reading: _Reading, embeds: torch.Tensor):
-        """Keeps a segment's inputs in place of its activations; caches go in and out as tensors, so it can rerun."""
-
-        def function(embeds: torch.Tensor, *tensors: torch.Tensor):
-            cache = cache_from_tensors(tensors)
-            hidden, logits, _ = run(embeds, cache)
-            return (hidden, logits, *cache_tensors(cache))
-
-        hidden, logits, *tensors = self._gradient_checkpointing_func(function, embeds, *cache_tensors(reading.cache))
-        reading.cache = cache_from_tensors(tuple(tensors))
-        return hidden, logits, None
-
-    def _sweep(
-        self,
-        sequence: _Sequence,
-        past_key_values: DynamicCache | None = None,
-        num_logits: list[int] | None = None,
-        output_hidden_states: bool = False,
-        return_weights: bool = False,
-    ) -> _Reading:
-        """
-        Reads a batch segment by segment: prefix, request, interaction, and on to the next.
-
-        Args:
-            sequence (`_Sequence`): the batch; its dynamic slots are filled on the way.
-            past_key_values (`DynamicCache`, *optional*): columns `[0, sequence.start)`, read before.
-            num_logits (list of `int`, *optional*): for each segment, how many of its last columns need logits; without
-                it the sweep stops at the last request.
-        """
-        embeds, plan, start = sequence.embeds, sequence.plan, sequence.start
-        cache = past_key_values if past_key_values is not None else DynamicCache()
-        reading = _Reading(cache, sequence.attention_mask[:, :start].bool(), [], [], [])
-        for step, segment in enumerate(plan.segments):
-            wanted = num_logits[step] if num_logits is not None else 0
-            if segment.slots is None:
-                if num_logits is not None:
-                    self._read_words(reading, _take(embeds, segment.columns), segment, wanted, output_hidden_states)
-                break
-            requests = self._read_request(
-                reading, _take(embeds, segment.columns), segment, wanted, output_hidden_states
-            )
-            rows = segment.requesting.nonzero().flatten()
-            images = self._images_before(sequence, rows, segment.slots[rows, 0])
-            device = self.ipn.image_token.device
-            tokens, attention = self.ipn(
-                requests[rows].to(device), sequence.features.to(device), images.to(device), return_weights
-            )
-            embeds = embeds.index_put((rows[:, None], segment.slots[rows]), tokens.to(embeds))
-            reading.perceptions.append(
-                {"rows": rows, "requests": requests[rows], "images": images, "tokens": tokens, "attention": attention}
-            )
-        return reading
-
-    def _read_words(
-        self, reading: _Reading, embeds: torch.Tensor, segment: Segment, num_logits: int, output_hidden_states: bool
-    ) -> None:
-        """Reads a segment without its request and leaves padding on the left of every row."""
-        _, logits, hidden_states = self._read(reading, embeds, segment.valid, num_logits, output_hidden_states)
-        self._collect(reading, logits, hidden_states)
-        if not segment.right_aligned:
-            reading.mask = roll_padding_left(reading.cache, reading.mask)
-
-    def _read_request(
-        self, reading: _Reading, embeds: torch.Tensor, segment: Segment, num_logits: int, output_hidden_states: bool
-    ) -> torch.Tensor:
-        """Reads a segment and the request token behind it, and drops the latter. Returns requests `[B, d_h]`."""
-        request = self.ipn.request_token.to(embeds).expand(embeds.shape[0], 1, -1)
-        asking = segment.requesting[:, None]
-        if torch.is_grad_enabled() and not embeds.requires_grad:
-            # Read apart, a prefix that nothing trains through leaves no graph behind.
-            self._read_words(reading, embeds, segment, num_logits, output_hidden_states)
-            hidden, _, _ = self._read(reading, request, asking, 0)
-            reading.cache.crop(-1)
-            reading.mask = reading.mask[:, :-1]
-            return hidden[:, 0]
-        width, lengths = embeds.shape[1], segment.valid.sum(dim=1, keepdim=True)
-        embeds, valid = torch.cat([embeds, request], dim=1), torch.cat([segment.valid, asking], dim=1)
-        place = torch.full_like(lengths, width)
-        if not segment.right_aligned:
-            place, position = lengths, torch.arange(width + 1, device=embeds.device)
-            order = torch.where(position == place, width, position - (position > place).long())
-            embeds, valid = _take(embeds, order), valid.gather(1, order)
-        hidden, logits, hidden_states = self._read(
-            reading, embeds, valid, num_logits + 1 if num_logits else 0, output_hidden_states
-        )
-        if hidden_states is not None:
-            hidden_states = tuple(states[:, :width] for states in hidden_states)
-        self._collect(reading, None if logits is None else logits[:, :-1], hidden_states)
-        if segment.right_aligned:
-            reading.cache.crop(-1)
-            reading.mask = reading.mask[:, :-1]
-        else:
-            first = reading.mask.shape[1] - (width + 1)
-            reading.mask = reading.mask.scatter(1, first + place, False)
-            reading.mask = roll_padding_left(reading.cache, reading.mask)
-        return hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))[:, 0]
-
-    @staticmethod
-    def _collect(reading: _Reading, logits: torch.Tensor | None, hidden_states) -> None:
-        if logits is not None:
-            reading.logits.append(logits)
-        if hidden_states is not None:
-            reading.hidden_states.append(hidden_states)
 
     # --- forward -----------------------------------------------------------------------------------------------
 
@@ -674,8 +504,8 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
             hidden_states = tuple(torch.cat(parts, dim=1) for parts in zip(*reading.hidden_states, strict=True))
         if not plan.contiguous:
             order = _column_order(plan, input_ids.shape[1] - start)
-            logits = _take(logits, order)
-            hidden_states = hidden_states and tuple(_take(states, order) for states in hidden_states)
+            logits = take_columns(logits, order)
+            hidden_states = hidden_states and tuple(take_columns(states, order) for states in hidden_states)
             if isinstance(logits_to_keep, int) and logits_to_keep:
                 logits = logits[:, -logits_to_keep:]
         if not isinstance(logits_to_keep, int):
@@ -846,13 +676,13 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
         reading = self._sweep(sequence, past_key_values, num_logits, output_hidden_states)
         logits = reading.logits[-1]
         if not last.right_aligned:
-            logits = _take(logits, last.valid.sum(dim=1, keepdim=True) - 1)
+            logits = take_columns(logits, last.valid.sum(dim=1, keepdim=True) - 1)
         hidden_states = None
         if output_hidden_states:
             hidden_states = tuple(torch.cat(parts, dim=1) for parts in zip(*reading.hidden_states, strict=True))
             if not plan.contiguous:
                 order = _column_order(plan, input_ids.shape[1] - start)
-                hidden_states = tuple(_take(states, order) for states in hidden_states)
+                hidden_states = tuple(take_columns(states, order) for states in hidden_states)
         outputs = LMEyeCausalLMOutputWithPast(
             logits=logits, past_key_values=reading.cache, hidden_states=hidden_states
         )
@@ -956,19 +786,6 @@ class LMEyeForConditionalGeneration(LMEyeCheckpointMixin, LMEyePreTrainedModel, 
             words = {name: value for name, value in model_kwargs.items() if name not in ("prompt", "position_ids")}
             model_kwargs = words
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
-
-
-def _accepted_arguments(language_model: PreTrainedModel) -> frozenset[str]:
-    """Which of the arguments that not every language model has this one takes."""
-    parameters = inspect.signature(language_model.forward).parameters
-    names = ("position_ids", "past_key_values", "use_cache", "logits_to_keep")
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return frozenset(name for name in names if takes_any or name in parameters)
-
-
-def _take(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Columns `[B, W]` of states `[B, S, D]`: `[B, W, D]`."""
-    return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def _from_column(input_ids: torch.Tensor, start: int) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 Everything before a request is the same in the request pass and in the answer pass, so it is read once. A row with `T`
 requests is cut into `T + 1` segments; each of the first `T` ends with the request token, which is dropped from the
-cache once its hidden state is known. Rows may differ in the number and the columns of their requests: a segment is
-padded on the right, and the cache is rolled before the next one so that padding lies on the left of every row.
-Padding inside a row would be wrong for models that count columns (ALiBi, sliding windows) whatever the position ids.
+cache once its hidden state is known, unless it has a slot of its own and stays. Rows may differ in the number and the
+columns of their requests: a segment is padded on the right, and the cache is rolled before the next one so that
+padding lies on the left of every row. Padding inside a row would be wrong for models that count columns (ALiBi,
+sliding windows) whatever the position ids.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class Segment:
         valid (bool `[B, W]`): `False` at padding.
         requesting (bool `[B]`): the rows that ask a request at the end of this segment.
         slots (int `[B, k]`): the columns of the dynamic slots the request fills; meaningless in rows not requesting.
+            `None` where no row asks.
     """
 
     columns: torch.Tensor
@@ -50,35 +52,40 @@ def plan_segments(
     dynamic_token_id: int,
     num_dynamic_tokens: int,
     start: int = 0,
+    request_token_id: int | None = None,
+    split_first: bool = False,
 ) -> SegmentPlan:
     """
-    Cuts a batch before the first dynamic slot of every request.
+    Cuts a batch before the first dynamic slot of every request; or, where requests have slots of their own, behind
+    each of these.
 
     Args:
         input_ids (int `[B, S]`), attention_mask (`[B, S]`, 1 at words and slots, 0 at padding).
         dynamic_token_id (`int`): id of `<img-d>`.
         num_dynamic_tokens (`int`): slots one request fills.
         start (`int`): columns before this one are in the cache already.
+        request_token_id (`int`, *optional*): id of `<img-q>`, where the request stays in the sequence.
+        split_first (`bool`): whether the first `<img-q>` becomes a segment of its own, so that what lies before it can
+            be read apart.
 
     Raises:
-        ValueError: a row's dynamic slots are no multiple of `num_dynamic_tokens`.
+        ValueError: a row's dynamic slots are no multiple of `num_dynamic_tokens`; or an `<img-q>` is not followed by
+            that many.
     """
     device = input_ids.device
     ids, mask = input_ids[:, start:].cpu(), attention_mask[:, start:].cpu().bool()
     num_rows, length = ids.shape
-    is_slot = (ids == dynamic_token_id) & mask
-    counts = is_slot.sum(dim=1)
-    uneven = (counts % num_dynamic_tokens).nonzero().flatten().tolist()
-    if uneven:
-        raise ValueError(
-            f"Sample {uneven[0]} has {int(counts[uneven[0]])} dynamic slots, which is no multiple of "
-            f"num_dynamic_tokens={num_dynamic_tokens}: every request owns {num_dynamic_tokens} of them. Let the "
-            "processor place the slots, or write `<img-d>` once per request."
-        )
-    num_requests = counts // num_dynamic_tokens
-    most = int(num_requests.max())
-    slots = [row.nonzero().flatten().view(-1, num_dynamic_tokens) for row in is_slot]
-    cuts = [[0, *row[:, 0].tolist(), length] for row in slots]
+    slots = group_slots(ids, mask, dynamic_token_id, num_dynamic_tokens, request_token_id)
+    if request_token_id is None:
+        asked = [row[:, 0].tolist() for row in slots]
+    else:
+        asked = [
+            ((row == request_token_id) & row_mask).nonzero().flatten().add(1).tolist()
+            for row, row_mask in zip(ids, mask, strict=True)
+        ]
+    num_requests = [len(row) for row in slots]
+    most = max(num_requests)
+    cuts = [[0, *row, length] for row in asked]
 
     if all(cut == cuts[0] for cut in cuts):
         bounds = list(pairwise(cuts[0]))
@@ -90,12 +97,18 @@ def plan_segments(
             nothing_between = bool(valid[0].all()) if start else _padded_left_only(valid[0])
             plain = nothing_between and all(map(torch.all, valid[1:-1])) and _padded_right_only(valid[-1])
         if plain:
+            parts = [
+                (begin, end, torch.stack([row[step] for row in slots]) + start if step < most else None)
+                for step, (begin, end) in enumerate(bounds)
+            ]
+            if split_first and most and parts[0][1] > 1:
+                begin, end, owned = parts[0]
+                parts[:1] = [(begin, end - 1, None), (end - 1, end, owned)]
             segments = []
-            for step, (begin, end) in enumerate(bounds):
+            for begin, end, owned in parts:
                 columns = torch.arange(start + begin, start + end).expand(num_rows, -1)
-                requesting = torch.full((num_rows,), step < most)
-                owned = torch.stack([row[step] for row in slots]) + start if step < most else None
-                segments.append(_segment(columns, valid[step], requesting, owned, device))
+                requesting = torch.full((num_rows,), owned is not None)
+                segments.append(_segment(columns, mask[:, begin:end], requesting, owned, device))
             return SegmentPlan(segments, contiguous=True)
 
     # Rows are aligned at their last request, so that the usual batch of single questions has two segments.
@@ -103,25 +116,80 @@ def plan_segments(
         [row_mask[begin:end].nonzero().flatten() + begin for begin, end in pairwise(cut)]
         for row_mask, cut in zip(mask, cuts, strict=True)
     ]
-    segments = []
+    empty = torch.empty(0, dtype=torch.long)
+    parts: list[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]] = []
     for step in range(most + 1):
-        offsets = [step - most + int(num_requests[row]) for row in range(num_rows)]
-        empty = torch.empty(0, dtype=torch.long)
+        offsets = [step - most + num_requests[row] for row in range(num_rows)]
         read = [columns_of[row][offset] if offset >= 0 else empty for row, offset in enumerate(offsets)]
+        requesting = torch.tensor([offset >= 0 and step < most for offset in offsets])
+        owned = None
+        if step < most:
+            owned = torch.zeros(num_rows, num_dynamic_tokens, dtype=torch.long)
+            for row in requesting.nonzero().flatten().tolist():
+                owned[row] = slots[row][offsets[row]] + start
+        parts.append((read, requesting, owned))
+    if split_first and most:
+        read, requesting, owned = parts[0]
+        before = [part[:-1] if asks else part for part, asks in zip(read, requesting.tolist(), strict=True)]
+        at = [part[-1:] if asks else empty for part, asks in zip(read, requesting.tolist(), strict=True)]
+        parts[:1] = [(before, torch.zeros_like(requesting), None), (at, requesting, owned)]
+    segments = []
+    for step, (read, requesting, owned) in enumerate(parts):
         width = max(1, max(map(len, read)))
         columns = torch.zeros(num_rows, width, dtype=torch.long)
         valid = torch.zeros(num_rows, width, dtype=torch.bool)
-        requesting = torch.tensor([offset >= 0 and step < most for offset in offsets])
-        owned = torch.zeros(num_rows, num_dynamic_tokens, dtype=torch.long)
         for row, part in enumerate(read):
             # Nothing lies before the first segment, so there padding goes left and no row has to be rolled.
             place = slice(width - len(part), width) if step == 0 and start == 0 else slice(0, len(part))
             columns[row, place] = part + start
             valid[row, place] = True
-            if requesting[row]:
-                owned[row] = slots[row][offsets[row]] + start
-        segments.append(_segment(columns, valid, requesting, owned if step < most else None, device))
+        segments.append(_segment(columns, valid, requesting, owned, device))
     return SegmentPlan(segments, contiguous=False)
+
+
+def group_slots(
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    dynamic_token_id: int,
+    num_dynamic_tokens: int,
+    request_token_id: int | None = None,
+) -> list[torch.Tensor]:
+    """
+    The dynamic slots of every request: a request owns the next `num_dynamic_tokens` slots, adjacent or not.
+
+    Args:
+        input_ids (int `[B, S]`), mask (bool `[B, S]`).
+        dynamic_token_id, num_dynamic_tokens, request_token_id (`int`): as in [`plan_segments`].
+
+    Returns:
+        for each row, columns `[requests, num_dynamic_tokens]`.
+
+    Raises:
+        ValueError: as [`plan_segments`].
+    """
+    slots = []
+    for row, (row_ids, row_mask) in enumerate(zip(input_ids, mask, strict=True)):
+        owned = ((row_ids == dynamic_token_id) & row_mask).nonzero().flatten()
+        if len(owned) % num_dynamic_tokens:
+            raise ValueError(
+                f"Sample {row} has {len(owned)} dynamic slots, which is no multiple of "
+                f"num_dynamic_tokens={num_dynamic_tokens}: every request owns {num_dynamic_tokens} of them. Let the "
+                "processor place the slots, or write `<img-d>` once per request."
+            )
+        owned = owned.view(-1, num_dynamic_tokens)
+        if request_token_id is not None:
+            asked = ((row_ids == request_token_id) & row_mask).nonzero().flatten()
+            follow = len(asked) == len(owned) and bool(
+                (asked < owned[:, 0]).all() and (asked[1:] > owned[:-1, -1]).all()
+            )
+            if not follow:
+                raise ValueError(
+                    f"Sample {row} has {len(asked)} `<img-q>` slots and {owned.numel()} `<img-d>` slots: each "
+                    f"`<img-q>` is followed by the {num_dynamic_tokens} `<img-d>` that its request fills. Let the "
+                    "processor place the slots."
+                )
+        slots.append(owned)
+    return slots
 
 
 def _segment(columns, valid, requesting, slots, device) -> Segment:
@@ -174,4 +242,4 @@ def cache_from_tensors(tensors: tuple[torch.Tensor, ...]) -> DynamicCache:
     return DynamicCache(list(zip(tensors[::2], tensors[1::2], strict=True))) if tensors else DynamicCache()
 
 
-__all__ = ["Segment", "SegmentPlan", "plan_segments", "roll_padding_left"]
+__all__ = ["Segment", "SegmentPlan", "group_slots", "plan_segments", "roll_padding_left"]
