@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from reference import Reference
+from reference import EncoderDecoderReference, Reference
 
 
 torch.set_num_threads(1)  # several workers share the cores
@@ -31,7 +31,23 @@ class Folders:
 
     def language(self, family: str = "llama", **kwargs: Any) -> Path:
         path = self.root / f"{family}-{_slug(kwargs)}"
-        return path if path.exists() else tiny.save_language(path, family, **kwargs)
+        if path.exists():
+            return path
+        save = tiny.save_encoder_decoder if family in tiny.ENCODER_DECODERS else tiny.save_language
+        return save(path, family, **kwargs)
+
+    def tower(self, kind: str, **kwargs: Any) -> Path:
+        """A vision model other than CLIP: "siglip", "siglip2", or the type of a vision tower alone."""
+        path = self.root / f"{kind}-{_slug(kwargs)}"
+        if path.exists():
+            return path
+        if kind in ("siglip", "siglip2"):
+            return {"siglip": tiny.save_siglip, "siglip2": tiny.save_siglip2}[kind](path, **kwargs)
+        return tiny.save_tower(path, kind, **kwargs)
+
+    def blip2(self, family: str = "t5", **kwargs: Any) -> Path:
+        path = self.root / f"blip2-{family}-{_slug(kwargs)}"
+        return path if path.exists() else tiny.save_blip2(path, family, **kwargs)
 
 
 def _slug(kwargs: dict[str, Any]) -> str:
@@ -50,15 +66,24 @@ def seeded() -> None:
 
 @pytest.fixture
 def build(folders: Folders) -> Callable[..., Any]:
-    """`build(family, interaction, **config)` -> LMEye in eval mode, every IPN parameter drawn anew."""
+    """
+    `build(family, interaction, vision, **config)` -> LMEye in eval mode, every IPN parameter drawn anew.
 
-    def make(family: str = "llama", interaction: str = "clip_text", **config: Any):
+    `vision` is "clip", or "blip2", whose vision tower and Q-Former are taken, with CLIP's text encoder beside them.
+    """
+
+    def make(family: str = "llama", interaction: str = "clip_text", vision: str = "clip", **config: Any):
         from transformers_lmeye import LMEyeForConditionalGeneration
 
         if interaction == "cross_attention" or config.get("visual_mapping") == "resampler":
             config = {**tiny.SMALL_STACK, **config}
+        if vision == "blip2" and interaction == "clip_text":
+            config["clip_text_model_name_or_path"] = str(folders.vision())
         model = LMEyeForConditionalGeneration.from_vision_language_pretrained(
-            str(folders.vision()), str(folders.language(family)), interaction=interaction, **config
+            str(folders.blip2("opt") if vision == "blip2" else folders.vision()),
+            str(folders.language(family)),
+            interaction=interaction,
+            **config,
         )
         tiny.randomise_ipn(model)
         return model.eval()
@@ -68,10 +93,14 @@ def build(folders: Folders) -> Callable[..., Any]:
 
 @pytest.fixture
 def reference(folders: Folders) -> Callable[..., Reference]:
-    """`reference(model, family)` -> the plain computation on the same backbones and `model`'s IPN parameters."""
+    """
+    `reference(model, family, vision)` -> the plain computation on the same backbones and `model`'s IPN parameters.
+    """
 
-    def make(model: Any, family: str = "llama") -> Reference:
-        return Reference(folders.vision(), folders.language(family), model)
+    def make(model: Any, family: str = "llama", vision: str = "clip") -> Reference:
+        kind = EncoderDecoderReference if family in tiny.ENCODER_DECODERS else Reference
+        tower = folders.blip2("opt") if vision == "blip2" else folders.vision()
+        return kind(tower, folders.language(family), model, clip_text=folders.vision())
 
     return make
 

@@ -225,15 +225,15 @@ CASES: dict[str, tuple[Callable[[SimpleNamespace], object], type[Exception], lis
         ValueError,
         ["language model at", "not the one this IPN was trained on", "fingerprint", "language_model_name_or_path="],
     ),
-    "a vision model that is no CLIP": (
+    "a vision model that sees nothing": (
         lambda w: attach(w, vision=w.language),
         ValueError,
-        ["llama", "must be a CLIP"],
+        ["llama", "no vision tower", "such as CLIP"],
     ),
     "clip_text without CLIP's text encoder": (
         lambda w: attach(w, vision=vision_alone(w), interaction="clip_text"),
         ValueError,
-        ['interaction="clip_text"', "text encoder", "cross_attention"],
+        ['interaction="clip_text"', "text encoder", "clip_text_model_name_or_path", "cross_attention"],
     ),
     # stages, sizes
     "an unknown stage": (lambda w: w.model.freeze_for_stage("third"), ValueError, ["third", "pretrain", "instruct"]),
@@ -257,10 +257,12 @@ CASES: dict[str, tuple[Callable[[SimpleNamespace], object], type[Exception], lis
         Exception,
         ["interaction_hidden_size=28", "interaction_num_heads=3"],
     ),
-    "patches for clip_text": (
-        lambda w: attach(w, interaction="clip_text", fine_grained_source="patch"),
-        Exception,
-        ["clip_text", "global"],
+    "more patches than CLIP's text encoder has positions for": (
+        lambda w: attach(w, interaction="clip_text", fine_grained_source="patch")(
+            **inputs(w, "img img 3 req 2", images=2)
+        ),
+        ValueError,
+        ["24", "num_fine_grained_tokens", "cross_attention"],
     ),
     "an unknown interaction": (lambda w: attach(w, interaction="telepathy"), Exception, ["interaction", "telepathy"]),
     # chats

@@ -13,15 +13,27 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    BlipImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Siglip2Config,
+    Siglip2ImageProcessor,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    ViTImageProcessor,
 )
 
 
@@ -138,7 +150,7 @@ def randomise_ipn(model: Any, seed: int = 11) -> None:
             if model.config.interaction == "clip_text" and name.startswith("interaction."):
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
-            if name in ("image_token", "request_token"):
+            if name in ("image_token", "request_token", "dynamic_token"):
                 parameter.copy_(0.3 * noise)
             elif name.endswith("queries"):
                 parameter.copy_(noise)
@@ -288,9 +300,12 @@ def picture(seed: int = 0, size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> 
 def row(config, layout: str, seed: int = 0) -> tuple[list[int], list[int]]:
     """One row's ids and labels from a layout such as `"2 img 3 req 2 =4"`.
 
-    `n`: n random words; `=n`: n random words that are targets; `img`: an image's slots; `req`: a request's slots;
-    `req~`: a request's slots with a word between one and the next, as where a tokenizer gives spaces tokens.
+    `n`: n random words; `=n`: n random words that are targets; `img`: an image's slots; `req`: a question's requests,
+    one for each round; `req~`: these with a word between one slot and the next, as where a tokenizer gives spaces
+    tokens. An encoder-decoder's targets are the decoder's, and stand in the labels alone.
     """
+    asking = [config.request_token_id] if config.keep_request_token else []
+    request = (asking + [config.dynamic_token_id] * config.num_dynamic_tokens) * config.num_request_rounds
     draw = random.Random(seed)
     ids: list[int] = []
     labels: list[int] = []
@@ -298,21 +313,30 @@ def row(config, layout: str, seed: int = 0) -> tuple[list[int], list[int]]:
         if part == "img":
             new = [config.image_token_id] * config.num_static_tokens
         elif part == "req":
-            new = [config.dynamic_token_id] * config.num_dynamic_tokens
+            new = request
         elif part == "req~":
-            new = [config.dynamic_token_id]
-            for _ in range(config.num_dynamic_tokens - 1):
-                new += [FIRST_WORD, config.dynamic_token_id]
+            new = request[:1]
+            for slot in request[1:]:
+                new = [*new, FIRST_WORD, slot]
         else:
             new = [draw.randrange(FIRST_WORD, TABLE_ROWS) for _ in range(int(part.lstrip("=")))]
+        if config.is_encoder_decoder:
+            ids += [] if part.startswith("=") else new
+            labels += new if part.startswith("=") else []
+            continue
         ids += new
         labels += new if part.startswith("=") else [-100] * len(new)
     return ids, labels
 
 
 def batch(rows: list[tuple[list[int], list[int]]], padding: str, pad_token_id: int = 0) -> dict[str, torch.Tensor]:
-    """Rows as input_ids, attention_mask, labels int64 [batch, seq], padded left, right or ragged (some each way)."""
+    """Rows as input_ids, attention_mask, labels int64 [batch, seq], padded left, right or ragged (some each way).
+
+    Labels of a length of their own are a decoder's, and padded on the right.
+    """
     width = max(len(ids) for ids, _ in rows)
+    longest = max(len(labels) for _, labels in rows)
+    own_lengths = any(len(ids) != len(labels) for ids, labels in rows)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for index, (ids, labels) in enumerate(rows):
         missing = width - len(ids)
@@ -320,5 +344,198 @@ def batch(rows: list[tuple[list[int], list[int]]], padding: str, pad_token_id: i
         after = missing - before
         columns["input_ids"].append([pad_token_id] * before + ids + [pad_token_id] * after)
         columns["attention_mask"].append([0] * before + [1] * len(ids) + [0] * after)
-        columns["labels"].append([-100] * before + labels + [-100] * after)
+        around = (0, longest - len(labels)) if own_lengths else (before, after)
+        columns["labels"].append([-100] * around[0] + labels + [-100] * around[1])
     return {name: torch.tensor(values) for name, values in columns.items()}
+
+
+# --- other vision towers, and BLIP-2 -------------------------------------------------------------------------------
+
+# The sizes of towers other than CLIP's; a width may be overridden.
+_TOWER = {
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+}
+_SIGLIP_TEXT = {
+    "vocab_size": 60,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+    "projection_size": 40,
+    "bos_token_id": 58,
+    "eos_token_id": 59,
+}
+_SIZE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+
+
+def _save_tower(path: Path, model: PreTrainedModel, image_processor: Any, seed: int) -> Path:
+    randomise(model, seed, gain=1.0)
+    path.mkdir(parents=True, exist_ok=True)
+    model.eval().save_pretrained(path)
+    image_processor.save_pretrained(path)
+    return path
+
+
+def save_siglip(path: Path, seed: int = 200) -> Path:
+    """A whole SigLIP: vision tower and text encoder (which is not CLIP's)."""
+    config = SiglipConfig(text_config=_SIGLIP_TEXT, vision_config=_TOWER)
+    with torch.random.fork_rng():
+        model = SiglipModel(config)
+    return _save_tower(path, model, SiglipImageProcessor(size=_SIZE), seed)
+
+
+def save_siglip2(path: Path, seed: int = 300, max_num_patches: int = 16) -> Path:
+    """A whole SigLIP2 with patches in the picture's own proportions."""
+    tower = {name: value for name, value in _TOWER.items() if name != "image_size"}
+    vision = {**tower, "hidden_size": 44, "intermediate_size": 56, "num_patches": 16}
+    config = Siglip2Config(text_config=_SIGLIP_TEXT, vision_config=vision)
+    with torch.random.fork_rng():
+        model = Siglip2Model(config)
+    image_processor = Siglip2ImageProcessor(patch_size=PATCH_SIZE, max_num_patches=max_num_patches)
+    return _save_tower(path, model, image_processor, seed)
+
+
+def save_tower(path: Path, model_type: str, seed: int = 400, **overrides: Any) -> Path:
+    """A vision tower alone, such as "dinov2" or "vit", with ViT's image processor."""
+    config = AutoConfig.for_model(model_type, **{**_TOWER, **overrides})
+    with torch.random.fork_rng():
+        model = AutoModel.from_config(config)
+    return _save_tower(path, model, ViTImageProcessor(size=_SIZE), seed)
+
+
+# BLIP-2's widths, none of them another part's.
+BLIP2_VISION_WIDTH, QFORMER_WIDTH, NUM_QUERIES = 28, 20, 7
+_T5_LIKE = {
+    "d_model": 52,
+    "d_ff": 64,
+    "d_kv": 12,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+
+
+def blip2(family: str = "t5", seed: int = 500) -> Blip2ForConditionalGeneration:
+    """A tiny random BLIP-2 in eval mode, around an OPT or a T5 whose head is not tied, as FlanT5's is not."""
+    if family == "t5":
+        values = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2, "decoder_start_token_id": 0}
+        text_config = AutoConfig.for_model("t5", vocab_size=TABLE_ROWS, **values, **_T5_LIKE)
+    else:
+        text_config = language_config(family)
+    config = Blip2Config(
+        vision_config={**_TOWER, "hidden_size": BLIP2_VISION_WIDTH},
+        qformer_config={
+            "vocab_size": 30,
+            "hidden_size": QFORMER_WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 44,
+            "max_position_embeddings": 16,
+            "encoder_hidden_size": BLIP2_VISION_WIDTH,
+        },
+        text_config=text_config,
+        num_query_tokens=NUM_QUERIES,
+    )
+    with torch.random.fork_rng():
+        model = Blip2ForConditionalGeneration(config)
+    words = model.language_model
+    if family == "t5":
+        words.lm_head.weight = torch.nn.Parameter(torch.empty_like(words.lm_head.weight))
+        for part, name in ((model, "language_model.lm_head.weight"), (words, "lm_head.weight")):
+            part.all_tied_weights_keys.pop(name)
+    randomise(model, seed, gain=1.0)
+    if family != "t5":
+        randomise(words, seed + _SEEDS.get(family, 0), table=_TABLES.get(family, 0.25))
+    with torch.no_grad():
+        model.query_tokens.copy_(torch.randn(model.query_tokens.shape, generator=torch.Generator().manual_seed(seed)))
+    model.generation_config.eos_token_id = 2
+    return model.eval()
+
+
+def save_blip2(path: Path, family: str = "t5", seed: int = 500) -> Path:
+    """A BLIP-2 with its image processor and its language model's tokenizer."""
+    path.mkdir(parents=True, exist_ok=True)
+    blip2(family, seed).save_pretrained(path)
+    BlipImageProcessor(size=_SIZE).save_pretrained(path)
+    tokenizer(keep_spaces=family != "t5").save_pretrained(path)
+    return path
+
+
+# --- encoder-decoders ----------------------------------------------------------------------------------------------
+
+# T5's head is tied and its attention wider than its states; BART scales its embeddings and counts columns.
+_ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": (
+        "t5",
+        {
+            "d_model": 60,
+            "d_ff": 68,
+            "d_kv": 16,
+            "num_layers": 2,
+            "num_heads": 4,
+            "bos_token_id": None,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "bart": (
+        "bart",
+        {
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 72,
+            "decoder_ffn_dim": 76,
+            "max_position_embeddings": 256,
+            "scale_embedding": True,
+            "decoder_start_token_id": 2,
+            "forced_eos_token_id": 2,
+        },
+    ),
+}
+ENCODER_DECODERS = tuple(_ENCODER_DECODERS)
+
+
+def encoder_decoder(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A tiny random encoder-decoder of `family`, in eval mode."""
+    model_type, values = _ENCODER_DECODERS[family]
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **values, **overrides})
+    with torch.random.fork_rng():
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    randomise(model, seed + 2, gain=2.0, table={"t5": 0.5, "bart": 0.2}[family])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if family == "t5" and name.endswith("Attention.q.weight"):
+                parameter.mul_(model.config.d_kv**-0.5)  # T5 does not scale its attention
+    if family == "bart":
+        noise = torch.randn(model.final_logits_bias.shape, generator=torch.Generator().manual_seed(seed))
+        model.final_logits_bias.copy_(0.3 * noise)
+    return model.eval()
+
+
+def encoder_decoder_tokenizer(family: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """T5's puts `</s>` behind a text, and drops spaces; BART's puts `<s>` before it as well, and keeps them."""
+    made = tokenizer(chat_template, keep_spaces=family != "t5")
+    single = {"t5": "$A </s>", "bart": "<s> $A </s>"}[family]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return made
+
+
+def save_encoder_decoder(
+    path: Path, family: str, seed: int = 0, chat_template: str | None = None, **overrides: Any
+) -> Path:
+    """An encoder-decoder and its tokenizer, in the hub's format."""
+    path.mkdir(parents=True, exist_ok=True)
+    encoder_decoder(family, seed, **overrides).save_pretrained(path)
+    encoder_decoder_tokenizer(family, chat_template).save_pretrained(path)
+    return path

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from transformers_lmeye import LMEyeProcessor
+from transformers_lmeye import LMEyeForConditionalGeneration, LMEyeProcessor
 
 
 SCRIPT = """
@@ -43,21 +43,38 @@ print("FOUND" + json.dumps(found))
 
 @pytest.fixture
 def published(build, folders, tmp_path):
-    """Folders of a whole `clip_text` model and of a `cross_attention` IPN alone, and what each answers here."""
+    """Folders of whole models and of an IPN alone, on a CLIP, a SigLIP and a BLIP-2, and what each answers here."""
     picture = tiny.picture(3)
     picture.save(tmp_path / "picture.png")
+    vision, siglip, language, blip2 = map(
+        str, (folders.vision(), folders.tower("siglip"), folders.language(), folders.blip2())
+    )
+    processor_of = LMEyeProcessor.from_vision_language_pretrained
+    on_siglip = LMEyeForConditionalGeneration.from_vision_language_pretrained(
+        siglip, language, clip_text_model_name_or_path=vision
+    )
+    on_blip2 = LMEyeForConditionalGeneration.from_blip2_pretrained(blip2, vision)
+    variants = {
+        "whole": (build("llama", "clip_text"), processor_of(vision, language), True),
+        "ipn": (
+            build("llama", "cross_attention"),
+            processor_of(vision, language, interaction="cross_attention"),
+            False,
+        ),
+        "siglip": (on_siglip, processor_of(siglip, language), True),
+        "siglip-ipn": (on_siglip, processor_of(siglip, language), False),
+        "blip2": (on_blip2, LMEyeProcessor.from_blip2_pretrained(blip2), True),
+        "blip2-ipn": (on_blip2, LMEyeProcessor.from_blip2_pretrained(blip2), False),
+    }
     expected = {}
-    for name, interaction, whole in (("whole", "clip_text", True), ("ipn", "cross_attention", False)):
+    for name, (model, processor, whole) in variants.items():
         folder = tmp_path / name
-        model = build("llama", interaction)
-        processor = LMEyeProcessor.from_vision_language_pretrained(
-            str(folders.vision()), str(folders.language()), interaction=interaction
-        )
+        tiny.randomise_ipn(model)
         model.save_pretrained(folder, save_backbones=whole)
         processor.save_pretrained(folder)
         inputs = processor(images=picture, text="what is the man doing?", return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=8).tolist()
-        assert len(set(ids[0][inputs["input_ids"].shape[1] :])) > 1
+        assert len(set(ids[0][0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1] :])) > 1
         expected[str(folder)] = {"input_ids": inputs["input_ids"].tolist(), "ids": ids}
     return tmp_path / "picture.png", expected
 
@@ -94,7 +111,7 @@ def test_all_auto_classes_with_the_package(published):
         AutoProcessor,
     )
 
-    from transformers_lmeye import LMEyeConfig, LMEyeForConditionalGeneration
+    from transformers_lmeye import LMEyeConfig
 
     picture, expected = published
     for folder, theirs in expected.items():

@@ -3,56 +3,61 @@
 import inspect
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    CLIPTextModelWithProjection,
-    CLIPVisionModelWithProjection,
+    Blip2Config,
+    CLIPConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .configuration_lmeye import LMEyeConfig
-from .fingerprints import check_fingerprint, fingerprint
+from .fingerprints import check_fingerprint, fingerprint, weight_files
+from .open_clip_towers import (
+    is_open_clip,
+    load_open_clip_config,
+    load_open_clip_text_encoder,
+    load_open_clip_tower,
+    open_clip_local_path,
+    open_clip_text_problem,
+)
+from .towers import CLIPTextEncoder, QFormer, check_vision_tower, vision_tower_class
 
 
 logger = logging.get_logger(__name__)
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 BACKBONE_KWARGS = ("attn_implementation", "device_map", "dtype", "low_cpu_mem_usage", "max_memory", "offload_folder")
-
-
-class CLIPVisionTower(CLIPVisionModelWithProjection):
-    """CLIP's vision tower, read from a whole CLIP's checkpoint without a word about the rest."""
-
-    _keys_to_ignore_on_load_unexpected = (r"^text_model\.", r"^text_projection\.", r"^logit_scale$", r"position_ids$")
-
-
-class CLIPTextEncoder(CLIPTextModelWithProjection):
-    """CLIP's text encoder, likewise."""
-
-    _keys_to_ignore_on_load_unexpected = (
-        r"^vision_model\.",
-        r"^visual_projection\.",
-        r"^logit_scale$",
-        r"position_ids$",
-    )
+# The parts a model is loaded from, and the prefix of arguments meant for one of them.
+ROLES = ("vision", "language", "clip_text")
 
 
 def language_model_widths(language_model: PreTrainedModel) -> tuple[int, int]:
-    """Width of a language model's input embeddings and of its last hidden state; neither need be `hidden_size`."""
+    """Width of a language model's input embeddings and of the states a request is read from.
+
+    These are its last hidden states or, in an encoder-decoder, its encoder's. Neither need be `hidden_size`.
+    """
     embeddings, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
     input_width = getattr(embeddings, "embedding_dim", None) or embeddings.weight.shape[-1]
+    if language_model.config.is_encoder_decoder:
+        return input_width, language_model.get_encoder().config.hidden_size
     if head is None:
         return input_width, language_model.config.get_text_config().hidden_size
     return input_width, getattr(head, "in_features", None) or head.weight.shape[-1]
@@ -63,46 +68,168 @@ def first_slot_id(tokenizer_length: int, table_rows: int) -> int:
     return max(tokenizer_length, table_rows)
 
 
-def load_clip_config(name_or_path: str, **hub_kwargs: Any):
+@dataclass
+class VisionConfigs:
+    """Configurations of the frozen encoders in one checkpoint.
+
+    Args:
+        vision: the vision tower's.
+        clip_text: that of a text encoder that `interaction="clip_text"` can use, where there is one.
+        qformer: that of BLIP-2's Q-Former, where there is one.
+        num_query_tokens: the Q-Former's outputs per image.
     """
-    Vision and text configuration of a CLIP checkpoint (the text one is `None` for a vision tower alone).
+
+    vision: PreTrainedConfig
+    clip_text: PreTrainedConfig | None = None
+    qformer: PreTrainedConfig | None = None
+    num_query_tokens: int = 32
+
+
+def load_vision_config(name_or_path: str, **hub_kwargs: Any) -> VisionConfigs:
+    """
+    Configurations of the vision tower in a checkpoint and of what stands beside it.
+
+    Args:
+        name_or_path (`str`): hub id or folder of a CLIP, of a BLIP-2, of any model with a vision tower (SigLIP), or of
+            a vision tower alone (DINOv2, ViT); or an open_clip name.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        ValueError: the checkpoint is no CLIP.
+        ValueError: the checkpoint holds no vision tower.
     """
+    if is_open_clip(name_or_path):
+        return VisionConfigs(*load_open_clip_config(name_or_path, **hub_kwargs))
     config = AutoConfig.from_pretrained(name_or_path, **hub_kwargs)
-    if config.model_type == "clip_vision_model":
-        return config, None
-    if config.model_type != "clip":
+    found = VisionConfigs(getattr(config, "vision_config", config))
+    try:
+        vision_tower_class(found.vision)
+    except ValueError as error:
+        raise ValueError(f"{name_or_path} holds no vision tower. {error}") from error
+    if isinstance(config, CLIPConfig):
+        for part in (config.vision_config, config.text_config):
+            part.projection_dim = config.projection_dim
+        found.clip_text = config.text_config
+    elif isinstance(config, Blip2Config):
+        found.qformer, found.num_query_tokens = config.qformer_config, config.num_query_tokens
+    return found
+
+
+def load_language_config(name_or_path: str, **kwargs: Any) -> PreTrainedConfig:
+    """Configuration of a language model, or of the one inside a BLIP-2 checkpoint."""
+    config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+    return config.text_config if isinstance(config, Blip2Config) else config
+
+
+def load_part(
+    part_class: type[PreTrainedModel], name_or_path: str, config: PreTrainedConfig, prefix: str = "", **kwargs: Any
+) -> PreTrainedModel:
+    """
+    Loads one part out of a checkpoint that may hold more, without a word about the rest.
+
+    Args:
+        part_class (`type`): the part's class.
+        name_or_path (`str`): hub id or folder of the whole.
+        config (`PreTrainedConfig`): the part's configuration.
+        prefix (`str`): what the whole puts before the part's own tensor names.
+        kwargs: as in `PreTrainedModel.from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of the part.
+    """
+    # The library reads this attribute of the class while it loads; name and module stay, since conversions of older
+    # checkpoints are found by them.
+    silent = {"__module__": part_class.__module__, "_keys_to_ignore_on_load_unexpected": (r".",)}
+    reader = type(part_class.__name__, (part_class,), silent)
+    if prefix:
+        kwargs["key_mapping"] = {rf"^{prefix}\.": ""}
+    part, info = reader.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
+    part.__class__ = part_class
+    if info["missing_keys"]:
         raise ValueError(
-            f'{name_or_path} is of type "{config.model_type}"; the vision model must be a CLIP ("clip", or '
-            '"clip_vision_model").'
+            f"{name_or_path} lacks weights of {part_class.__name__}, which would be random: "
+            f"{', '.join(sorted(info['missing_keys']))}. Choose a checkpoint that holds them."
         )
-    for part in (config.vision_config, config.text_config):
-        part.projection_dim = config.projection_dim
-    return config.vision_config, config.text_config
+    return part
+
+
+def load_vision_tower(name_or_path: str, vision_config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """Loads a vision tower, alone or out of a larger checkpoint; `kwargs` as in `from_pretrained`."""
+    if is_open_clip(name_or_path):
+        return load_open_clip_tower(name_or_path, vision_config, **kwargs)
+    part_class = vision_tower_class(vision_config)
+    prefix = "" if part_class.base_model_prefix == "vision_model" else "vision_model"
+    return load_part(part_class, name_or_path, vision_config, prefix, **kwargs)
+
+
+def load_text_encoder(name_or_path: str, clip_text_config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """Loads CLIP's text encoder, in float32; `kwargs` as in `from_pretrained`."""
+    kwargs["dtype"] = torch.float32
+    if is_open_clip(name_or_path):
+        return load_open_clip_text_encoder(name_or_path, clip_text_config, **kwargs)
+    return load_part(CLIPTextEncoder, name_or_path, clip_text_config, **kwargs)
+
+
+def load_language_model(name_or_path: str, text_config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """Loads a language model, or the one inside a BLIP-2 checkpoint; `kwargs` as in `from_pretrained`."""
+    encoder_decoder = text_config.is_encoder_decoder
+    config = AutoConfig.from_pretrained(
+        name_or_path, trust_remote_code=kwargs.get("trust_remote_code"), **_source_kwargs(kwargs)
+    )
+    if isinstance(config, Blip2Config):
+        mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+        kwargs.pop("trust_remote_code", None)
+        model = load_part(mapping[type(text_config)], name_or_path, text_config, "language_model", **kwargs)
+        # The whole's generation settings need not name the language model's special tokens.
+        for name, value in GenerationConfig.from_model_config(text_config).to_diff_dict().items():
+            if getattr(model.generation_config, name, None) is None:
+                setattr(model.generation_config, name, value)
+        return model
+    auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(name_or_path, **kwargs)
 
 
 def load_backbones(
-    config: LMEyeConfig, vision: str, language: str, vision_kwargs: dict[str, Any], language_kwargs: dict[str, Any]
+    config: LMEyeConfig, sources: dict[str, str], options: dict[str, dict[str, Any]]
 ) -> dict[str, PreTrainedModel]:
-    """The loaded frozen parts as keyword arguments of [`LMEyeForConditionalGeneration`]; also updates `config`."""
-    tower = CLIPVisionTower.from_pretrained(vision, config=config.vision_config, **vision_kwargs)
-    language_model = AutoModelForCausalLM.from_pretrained(language, **language_kwargs)
+    """
+    The loaded frozen parts as keyword arguments of [`LMEyeForConditionalGeneration`]; also updates `config`.
+
+    Args:
+        config ([`LMEyeConfig`]): which parts there are, and their configurations.
+        sources (`dict`): for each role the checkpoint it is loaded from; without `"clip_text"` the text encoder is the
+            vision model's own.
+        options (`dict`): for each role, and for the `"ipn"` itself, the arguments of `from_pretrained`.
+    """
+    if attn_implementation := options["ipn"].get("attn_implementation"):
+        config._attn_implementation = attn_implementation  # each part below is given its own again
+    tower = load_vision_tower(sources["vision"], config.vision_config, **_for_part(options["vision"], "vision_tower"))
+    language_model = load_language_model(
+        sources["language"], config.text_config, **_for_part(options["language"], "language_model")
+    )
+    config.vision_config, config.text_config = tower.config, language_model.config
     parts = {"vision_tower": tower, "language_model": language_model}
+    if config.qformer_config is not None:
+        parts["qformer"] = load_part(
+            QFormer,
+            sources["vision"],
+            config.qformer_config,
+            num_query_tokens=config.num_query_tokens,
+            **{**_for_part(options["vision"], "qformer"), "dtype": torch.float32},
+        )
+        config.qformer_config = parts["qformer"].config
     if config.interaction == "clip_text":
-        parts["clip_text_model"] = CLIPTextEncoder.from_pretrained(
-            vision, config=config.clip_text_config, **{**vision_kwargs, "dtype": torch.float32}
+        role = "clip_text" if "clip_text" in sources else "vision"
+        parts["clip_text_model"] = load_text_encoder(
+            sources[role], config.clip_text_config, **_for_part(options[role], "ipn.interaction")
         )
         config.clip_text_config = parts["clip_text_model"].config
-    config.vision_config, config.text_config = tower.config, language_model.config
     for part in parts.values():
         part.config._name_or_path = ""  # the sources are in config.backbones; a published file needs no local path
     return parts
 
 
 class LMEyeCheckpointMixin:
-    """Factory, loading, saving and publishing of [`LMEyeForConditionalGeneration`]."""
+    """Factories, loading, saving and publishing of [`LMEyeForConditionalGeneration`]."""
 
     @classmethod
     def from_vision_language_pretrained(
@@ -112,66 +239,156 @@ class LMEyeCheckpointMixin:
         interaction: str = "clip_text",
         visual_mapping: str = "linear",
         num_dynamic_tokens: int = 5,
+        clip_text_model_name_or_path: str | None = None,
         **kwargs: Any,
     ):
         """
-        Attaches a new IPN to a CLIP and a causal language model.
+        Attaches a new IPN to a vision tower and a language model.
 
         Args:
-            vision_model_name_or_path (`str`): hub id or folder of a CLIP.
-            language_model_name_or_path (`str`): hub id or folder of any causal language model.
+            vision_model_name_or_path (`str`): hub id or folder of a CLIP, a SigLIP, a BLIP-2 or any vision model with
+                patch tokens and a pooled output; `"open_clip:NAME/PRETRAINED"` or `"hf-hub:..."` for open_clip's.
+            language_model_name_or_path (`str`): hub id or folder of any causal or encoder-decoder language model, or
+                of a BLIP-2, whose language model is taken.
             interaction, visual_mapping, num_dynamic_tokens: see [`LMEyeConfig`].
-            kwargs: any other field of [`LMEyeConfig`]; `dtype`, `device_map`, `attn_implementation` for both
+            clip_text_model_name_or_path (`str`, *optional*): the CLIP whose text encoder `interaction="clip_text"`
+                uses, where it is not to be the vision model's own.
+            kwargs: any other field of [`LMEyeConfig`]; `dtype`, `device_map`, `attn_implementation` for all
                 backbones, `quantization_config` and `trust_remote_code` for the language model; `revision` and others
-                prefixed `vision_` or `language_` for one of them; `token`, `cache_dir`, `local_files_only`.
+                prefixed `vision_`, `language_` or `clip_text_` for one of them; `token`, `cache_dir`,
+                `local_files_only`.
 
         Returns:
             [`LMEyeForConditionalGeneration`] in eval mode, its IPN in float32.
 
         Raises:
-            ValueError: the vision model is no CLIP, or lacks the text encoder that `clip_text` needs; the language
-                model takes no `inputs_embeds`.
+            ValueError: there is no vision tower; `clip_text` lacks a text encoder, or `"qformer"` a Q-Former; the
+                language model takes no `inputs_embeds`.
         """
-        vision_kwargs, language_kwargs = _split_loading_kwargs(kwargs)
+        options = _split_loading_kwargs(kwargs)
         unknown = kwargs.keys() - inspect.signature(LMEyeConfig).parameters.keys()
         if unknown:
             raise TypeError(
                 f"{', '.join(sorted(unknown))}: neither a field of LMEyeConfig nor an argument of from_pretrained. "
-                "One meant for a single backbone is prefixed vision_ or language_."
+                "One meant for a single backbone is prefixed vision_, language_ or clip_text_."
             )
-        vision_config, clip_text_config = load_clip_config(vision_model_name_or_path, **_hub_kwargs(vision_kwargs))
-        if interaction == "clip_text" and clip_text_config is None:
-            raise ValueError(
-                f'interaction="clip_text" needs CLIP\'s text encoder, and {vision_model_name_or_path} is a vision '
-                'tower alone: give a whole CLIP, or choose interaction="cross_attention".'
-            )
-        text_config = AutoConfig.from_pretrained(
-            language_model_name_or_path,
-            trust_remote_code=language_kwargs.get("trust_remote_code"),
-            **_hub_kwargs(language_kwargs),
+        sources = {"vision": str(vision_model_name_or_path), "language": str(language_model_name_or_path)}
+        vision = load_vision_config(sources["vision"], **_source_kwargs(options["vision"]))
+        if clip_text_model_name_or_path is not None:
+            if interaction != "clip_text":
+                raise ValueError(
+                    f'clip_text_model_name_or_path is for interaction="clip_text": leave it out with "{interaction}".'
+                )
+            sources["clip_text"] = str(clip_text_model_name_or_path)
+        if interaction == "clip_text":
+            vision.clip_text = _clip_text_config(sources, vision, options)
+        text_config = load_language_config(
+            sources["language"],
+            trust_remote_code=options["language"].get("trust_remote_code"),
+            **_source_kwargs(options["language"]),
         )
         slot = first_slot_id(
-            _tokenizer_length(language_model_name_or_path, language_kwargs), text_config.get_text_config().vocab_size
+            _tokenizer_length(sources["language"], options["language"]), text_config.get_text_config().vocab_size
         )
         kwargs = {"image_token_id": slot, "request_token_id": slot + 1, "dynamic_token_id": slot + 2, **kwargs}
+        if vision.qformer is None and "qformer" in (visual_mapping, kwargs.get("fine_grained_source")):
+            field = "visual_mapping" if visual_mapping == "qformer" else "fine_grained_source"
+            raise ValueError(
+                f'{field}="qformer" needs a Q-Former, and {sources["vision"]} has none: give a BLIP-2 checkpoint as '
+                f"the vision model, or choose another {field}."
+            )
         config = LMEyeConfig(
-            vision_config=vision_config,
+            vision_config=vision.vision,
             text_config=text_config,
-            clip_text_config=clip_text_config if interaction == "clip_text" else None,
+            clip_text_config=vision.clip_text if interaction == "clip_text" else None,
+            qformer_config=vision.qformer,
             interaction=interaction,
             visual_mapping=visual_mapping,
             num_dynamic_tokens=num_dynamic_tokens,
-            **kwargs,
+            **{"num_query_tokens": vision.num_query_tokens, **kwargs},
         )
-        sources = {"vision": vision_model_name_or_path, "language": language_model_name_or_path}
-        parts = load_backbones(config, *sources.values(), vision_kwargs, language_kwargs)
+        if visual_mapping != "qformer" and (interaction == "none" or config.fine_grained_source != "qformer"):
+            config.qformer_config = None
+        check_vision_tower(config)
+        parts = load_backbones(config, sources, options)
         if "slot_init_std" not in kwargs:
             config.slot_init_std = _embedding_std(parts["language_model"])
-        config.backbones = {
-            role: _describe(source, options)
-            for (role, source), options in zip(sources.items(), (vision_kwargs, language_kwargs), strict=True)
-        }
+        config.backbones = _describe(sources, options)
         return _placed(cls(config, **parts))
+
+    @classmethod
+    def from_blip2_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        clip_text_model_name_or_path: str | None = None,
+        interaction: str = "clip_text",
+        **kwargs: Any,
+    ):
+        """
+        Attaches an IPN to a BLIP-2: its vision tower, its Q-Former and its language model (FlanT5 or OPT).
+
+        The static mapping starts as BLIP-2's own language projection, so that the model sees what BLIP-2 saw before
+        any training. With `interaction="clip_text"` the layout is that of LMEye v0.1: `<img-q>` stays in the sequence,
+        the Q-Former's outputs are the fine-grained features, and dynamic tokens are read at the text transformer's
+        last outputs.
+
+        Args:
+            pretrained_model_name_or_path (`str`): hub id or folder of a BLIP-2 with a language model.
+            clip_text_model_name_or_path (`str`, *optional*): the CLIP whose text encoder `interaction="clip_text"`
+                uses.
+            interaction (`str`): see [`LMEyeConfig`].
+            kwargs: as in [`~LMEyeForConditionalGeneration.from_vision_language_pretrained`].
+
+        Returns:
+            [`LMEyeForConditionalGeneration`] in eval mode, its IPN in float32.
+
+        Raises:
+            ValueError: the checkpoint is no BLIP-2 with a language model; `clip_text` lacks a text encoder.
+        """
+        name = str(pretrained_model_name_or_path)
+        hub = {key: value for key, value in kwargs.items() if key in HUB_KWARGS}
+        if "revision" in kwargs:
+            revision = kwargs.pop("revision")
+            kwargs = {"vision_revision": revision, "language_revision": revision, **kwargs}
+        if "vision_revision" in kwargs:
+            hub["revision"] = kwargs["vision_revision"]
+        if not isinstance(blip2 := AutoConfig.from_pretrained(name, **hub), Blip2Config):
+            raise ValueError(
+                f'{name} is of type "{blip2.model_type}", no BLIP-2 ("blip-2"): attach an IPN to it with '
+                "from_vision_language_pretrained."
+            )
+        if interaction == "clip_text":
+            first_edition = {
+                "fine_grained_source": "qformer",
+                "fine_grained_dropout": 0.0,
+                "keep_request_token": True,
+                "dynamic_readout": "last",
+            }
+            kwargs = {**first_edition, **kwargs}
+        visual_mapping = kwargs.pop("visual_mapping", "qformer")
+        projection = None
+        if visual_mapping == "qformer":
+            projection = _read_tensors(name, ("language_projection.weight", "language_projection.bias"), **hub)
+        model = cls.from_vision_language_pretrained(
+            name,
+            name,
+            interaction=interaction,
+            visual_mapping=visual_mapping,
+            clip_text_model_name_or_path=clip_text_model_name_or_path,
+            **kwargs,
+        )
+        ipn, table = model.ipn, model.get_input_embeddings()
+        with torch.no_grad():
+            ids = torch.zeros(1, dtype=torch.long, device=table.weight.device)
+            word = table(ids)[0].to(ipn.image_token)
+            if projection is not None:
+                ipn.visual_mapping.weight.copy_(projection["language_projection.weight"])
+                ipn.visual_mapping.bias.copy_(projection["language_projection.bias"])
+                ipn.image_token.copy_(word.expand_as(ipn.image_token))
+            for slot in ("request_token", "dynamic_token"):
+                if hasattr(ipn, slot):  # drawn at slot_init_std
+                    getattr(ipn, slot).add_(word)
+        return model
 
     @classmethod
     def from_pretrained(
@@ -181,6 +398,7 @@ class LMEyeCheckpointMixin:
         config: LMEyeConfig | None = None,
         vision_model_name_or_path: str | None = None,
         language_model_name_or_path: str | None = None,
+        clip_text_model_name_or_path: str | None = None,
         backbone_trust_remote_code: bool = False,
         **kwargs: Any,
     ):
@@ -189,8 +407,9 @@ class LMEyeCheckpointMixin:
 
         Args:
             pretrained_model_name_or_path (`str`): hub id or folder.
-            vision_model_name_or_path, language_model_name_or_path (`str`, *optional*): other locations of the same
-                backbones, for a checkpoint that holds the IPN alone.
+            vision_model_name_or_path, language_model_name_or_path, clip_text_model_name_or_path (`str`, *optional*):
+                other locations of the same backbones, for a checkpoint that holds the IPN alone. One location serves
+                all parts that came from the same checkpoint.
             backbone_trust_remote_code (`bool`): whether a backbone may run code of its own repository.
             kwargs: as in `PreTrainedModel.from_pretrained`; `dtype`, `device_map`, `attn_implementation`,
                 `quantization_config`, `token`, `cache_dir` and `local_files_only` reach the backbones.
@@ -204,7 +423,7 @@ class LMEyeCheckpointMixin:
             hub = _hub_kwargs(kwargs) | {name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}
             own = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
         if own.includes_backbones:
-            if vision_model_name_or_path or language_model_name_or_path:
+            if vision_model_name_or_path or language_model_name_or_path or clip_text_model_name_or_path:
                 raise ValueError(
                     f"{pretrained_model_name_or_path} holds its backbones: other locations are for a checkpoint that "
                     "holds the IPN alone (save_pretrained(..., save_backbones=False))."
@@ -221,7 +440,11 @@ class LMEyeCheckpointMixin:
                 )
             model.freeze_backbones()
             return (model, info) if with_info else model
-        locations = {"vision": vision_model_name_or_path, "language": language_model_name_or_path}
+        locations = {
+            "vision": vision_model_name_or_path,
+            "language": language_model_name_or_path,
+            "clip_text": clip_text_model_name_or_path,
+        }
         return cls._from_interactive_perception_network(
             pretrained_model_name_or_path, own, locations, backbone_trust_remote_code, kwargs
         )
@@ -231,23 +454,10 @@ class LMEyeCheckpointMixin:
         own_hub_kwargs = _hub_kwargs(kwargs)
         own_hub_kwargs.update({name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs})
         weights = load_file(cached_file(path, SAFE_WEIGHTS_NAME, **own_hub_kwargs))
-        vision_kwargs, language_kwargs = _split_loading_kwargs(kwargs)
-        language_kwargs["trust_remote_code"] = backbone_trust_remote_code
-        sources = {}
-        for role, options in (("vision", vision_kwargs), ("language", language_kwargs)):
-            recorded = config.backbones[role]
-            sources[role] = locations[role] or recorded["name_or_path"]
-            if locations[role] is None and recorded["revision"] is not None:
-                options.setdefault("revision", recorded["revision"])
-            hub = _hub_kwargs(options) | ({"revision": options["revision"]} if "revision" in options else {})
-            try:
-                check_fingerprint(role, sources[role], recorded["fingerprint"], **hub)
-            except OSError as error:
-                raise OSError(
-                    f"The {role} model of this IPN is not at {sources[role]}: pass {role}_model_name_or_path= where "
-                    "its weights are."
-                ) from error
-        model = cls(config, **load_backbones(config, *sources.values(), vision_kwargs, language_kwargs))
+        options = _split_loading_kwargs(kwargs)
+        options["language"]["trust_remote_code"] = backbone_trust_remote_code
+        sources = _locate_backbones(path, config.backbones, locations, options)
+        model = cls(config, **load_backbones(config, sources, options))
         expected = model.interactive_perception_state_dict()
         problems = [f"missing: {name}" for name in expected.keys() - weights.keys()]
         problems += [f"left over: {name}" for name in weights.keys() - expected.keys()]
@@ -354,7 +564,7 @@ class LMEyeCheckpointMixin:
         """
         if not save_backbones:
             for role, source in (self.config.backbones or {}).items():
-                if Path(source["name_or_path"]).exists():
+                if _is_local(source["name_or_path"]):
                     raise ValueError(
                         f"The {role} model's location is the local folder {source['name_or_path']}, which nobody else "
                         "has: publish the backbone and build the model from its hub id, or publish with "
@@ -376,24 +586,31 @@ class LMEyeCheckpointMixin:
 def model_card(config: LMEyeConfig, save_backbones: bool) -> str:
     """A model card with base models, use, and the limitations the paper names (section 6)."""
     sources = {role: source["name_or_path"] for role, source in (config.backbones or {}).items()}
-    published = [name for name in sources.values() if not Path(name).exists()]
-    base_models = "".join(f"- {name}\n" for name in published)
-    names = {role: Path(name).name if Path(name).exists() else f"`{name}`" for role, name in sources.items()}
-    vision, language = names.get("vision", "a CLIP"), names.get("language", "a causal language model")
+    published = [name for name in dict.fromkeys(sources.values()) if not _is_local(name)]
+    base_models = "".join(
+        f"- {name.removeprefix('hf-hub:')}\n" for name in published if ":" not in name.removeprefix("hf-hub:")
+    )
+    names = {role: Path(name).name if _is_local(name) else f"`{name}`" for role, name in sources.items()}
+    vision, language = names.get("vision", "a vision tower"), names.get("language", "a language model")
+    text_encoder = (
+        f" The text encoder that reads image and request is that of {names['clip_text']}."
+        if "clip_text" in names
+        else ""
+    )
     contents = "its backbones" if save_backbones else "no backbones: they are loaded from where they were published"
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
 license: apache-2.0
-{"base_model:" + chr(10) + base_models if published else ""}tags:
+{"base_model:" + chr(10) + base_models if base_models else ""}tags:
 - lmeye
 ---
 
 # LMEye: {vision} and {language}
 
 An interactive perception network ([arXiv 2305.03701](https://arxiv.org/abs/2305.03701)) between a frozen vision
-tower, {vision}, and a frozen language model, {language}. Interaction: `{config.interaction}`. This repository holds
-the network and {contents}.
+tower, {vision}, and a frozen language model, {language}. Interaction: `{config.interaction}`.{text_encoder} This
+repository holds the network and {contents}.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -405,8 +622,8 @@ print(processor.post_process_image_text_to_text(model.generate(**inputs, max_new
 ```
 
 ## Licence
-The network is under Apache-2.0. The vision tower and the language model keep the licences of their own repositories,
-which bind whoever uses them here.
+The network is under Apache-2.0. The frozen models keep the licences of their own repositories, which bind whoever uses
+them here.
 
 ## Limitations
 The language model is used as it is, so its biases and its toxicity come along. What it says of a picture may be made
@@ -414,45 +631,97 @@ up: do not rely on an answer where being wrong does harm. Pictures unlike those 
 """
 
 
-def _split_loading_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Takes the loading arguments out of `kwargs`: those of the vision tower and those of the language model."""
+def _split_loading_kwargs(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Takes the loading arguments out of `kwargs`: for each role its own, for `"ipn"` those meant for all."""
     shared = {name: kwargs.pop(name) for name in (*HUB_KWARGS, *BACKBONE_KWARGS) if name in kwargs}
     if "torch_dtype" in kwargs:
         shared["dtype"] = kwargs.pop("torch_dtype")
-    vision, language = dict(shared), dict(shared)
-    if isinstance(device_map := shared.get("device_map"), dict):
-        vision["device_map"], language["device_map"] = (
-            _part_of_device_map(device_map, prefix) for prefix in ("vision_tower", "language_model")
-        )
+    options = {role: dict(shared) for role in (*ROLES, "ipn")}
     for name in ("quantization_config", "trust_remote_code"):
         if name in kwargs:
-            language[name] = kwargs.pop(name)
+            options["language"][name] = kwargs.pop(name)
     fields = set(inspect.signature(LMEyeConfig).parameters)
     for name in list(kwargs):
-        for prefix, options in (("vision_", vision), ("language_", language)):
-            if name.startswith(prefix) and name not in fields:
-                options[name.removeprefix(prefix)] = kwargs.pop(name)
-    return vision, language
+        for role in ROLES:
+            if name.startswith(f"{role}_") and name not in fields:
+                options[role][name.removeprefix(f"{role}_")] = kwargs.pop(name)
+    return options
 
 
-def _part_of_device_map(device_map: dict[str, Any], part: str) -> dict[str, Any]:
-    """The entries of a device map that concern one part, under the part's own names."""
+def _for_part(kwargs: dict[str, Any], part: str) -> dict[str, Any]:
+    """Loading arguments with the entries of a device map that concern one part, under the part's own names."""
+    device_map = kwargs.get("device_map")
+    parts = {name.split(".")[0] for name in device_map} if isinstance(device_map, dict) else set()
+    if not parts & {"vision_tower", "qformer", "language_model", "ipn"}:
+        return kwargs  # one device, or a map of this part alone
     inner = {
         name.removeprefix(part).removeprefix("."): device
         for name, device in device_map.items()
         if name == part or name.startswith(f"{part}.")
     }
-    return inner or {"": device_map.get("", next(iter(device_map.values())))}
+    return {**kwargs, "device_map": inner or {"": device_map.get("", next(iter(device_map.values())))}}
 
 
 def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
 
 
+def _source_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What says where a checkpoint is and which revision of it."""
+    return _hub_kwargs(kwargs) | ({"revision": kwargs["revision"]} if kwargs.get("revision") else {})
+
+
+def _is_local(name_or_path: str) -> bool:
+    return Path(name_or_path).exists() or open_clip_local_path(name_or_path) is not None
+
+
+def _clip_text_config(
+    sources: dict[str, str], vision: VisionConfigs, options: dict[str, dict[str, Any]]
+) -> PreTrainedConfig:
+    """Configuration of the text encoder that `interaction="clip_text"` uses."""
+    if "clip_text" not in sources:
+        if vision.clip_text is not None:
+            return vision.clip_text
+        source, problem = sources["vision"], "has none that is CLIP's"
+        if is_open_clip(source):
+            problem = f"does not bring it: {open_clip_text_problem(source, **_source_kwargs(options['vision']))}"
+        raise ValueError(
+            f'interaction="clip_text" needs CLIP\'s text encoder, and {source} {problem}. Name a CLIP as '
+            'clip_text_model_name_or_path, or choose interaction="cross_attention".'
+        )
+    source = sources["clip_text"]
+    found = load_vision_config(source, **_source_kwargs(options["clip_text"])).clip_text
+    if found is None:
+        raise ValueError(
+            f"{source} has no text encoder of CLIP's: name a whole CLIP as clip_text_model_name_or_path, such as "
+            "openai/clip-vit-large-patch14."
+        )
+    return found
+
+
+def _read_tensors(name_or_path: str, names: tuple[str, ...], **hub_kwargs: Any) -> dict[str, torch.Tensor]:
+    """Single tensors of a checkpoint.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for file in weight_files(name_or_path, **hub_kwargs):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as stored:
+                found |= {name: stored.get_tensor(name) for name in names if name in stored.keys()}
+        else:
+            stored = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            found |= {name: stored[name] for name in names if name in stored}
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"{name_or_path} holds no {', '.join(missing)}: give a whole BLIP-2 with a language model.")
+    return found
+
+
 def _tokenizer_length(name_or_path: str, kwargs: dict[str, Any]) -> int:
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, trust_remote_code=kwargs.get("trust_remote_code"), **_hub_kwargs(kwargs)
+            name_or_path, trust_remote_code=kwargs.get("trust_remote_code"), **_source_kwargs(kwargs)
         )
     except (OSError, ValueError) as error:
         logger.warning(f"No tokenizer at {name_or_path} ({error}); slot ids start behind the embedding table.")
@@ -468,14 +737,76 @@ def _embedding_std(language_model: PreTrainedModel) -> float:
     return float(weight.float().std())
 
 
-def _describe(name_or_path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    hub = _hub_kwargs(kwargs) | ({"revision": kwargs["revision"]} if kwargs.get("revision") else {})
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=kwargs.get("trust_remote_code"), **hub)
-    return {
-        "name_or_path": str(name_or_path),
-        "revision": getattr(config, "_commit_hash", None) or kwargs.get("revision"),
-        "fingerprint": fingerprint(str(name_or_path), **hub),
-    }
+def _describe(sources: dict[str, str], options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Name, revision and fingerprint of each role's source; a source of two roles is read once."""
+    described: list[tuple[tuple, dict[str, Any]]] = []
+    backbones = {}
+    for role, name in sources.items():
+        hub = _source_kwargs(options[role])
+        entry = next((entry for key, entry in described if key == (name, hub)), None)
+        if entry is None:
+            if is_open_clip(name):
+                config = load_open_clip_config(name, **hub)[0]
+            else:
+                config = AutoConfig.from_pretrained(
+                    name, trust_remote_code=options[role].get("trust_remote_code"), **hub
+                )
+            entry = {
+                "name_or_path": name,
+                "revision": getattr(config, "_commit_hash", None) or hub.get("revision"),
+                "fingerprint": fingerprint(name, **hub),
+            }
+            described.append(((name, hub), entry))
+        backbones[role] = dict(entry)
+    return backbones
+
+
+def _locate_backbones(
+    path: str | os.PathLike,
+    recorded: dict[str, dict[str, Any]],
+    locations: dict[str, str | None],
+    options: dict[str, dict[str, Any]],
+) -> dict[str, str]:
+    """
+    Where the backbones of an IPN are now, each checked against the recorded fingerprint.
+
+    Args:
+        path: the IPN's checkpoint, for messages.
+        recorded (`dict`): `config.backbones`.
+        locations (`dict`): for each role another location, or `None`.
+        options (`dict`): for each role its loading arguments; those of a recorded location get its revision.
+
+    Raises:
+        OSError: a backbone is not where it was.
+        ValueError: it has other weights, or a location is given for a role that the IPN does not have.
+    """
+    for role, location in locations.items():
+        if location is not None and role not in recorded:
+            raise ValueError(
+                f"The IPN at {path} takes no {role} model of its own: leave {role}_model_name_or_path out."
+            )
+    sources: dict[str, str] = {}
+    checked: list[tuple] = []
+    for role in (role for role in ROLES if role in recorded):
+        entry = recorded[role]
+        same = [other for other in recorded if recorded[other] == entry]
+        location = next((locations[other] for other in (role, *same) if locations[other] is not None), None)
+        sources[role] = str(location or entry["name_or_path"])
+        if location is None and entry["revision"] is not None:
+            options[role].setdefault("revision", entry["revision"])
+        hub = _source_kwargs(options[role])
+        key = (sources[role], hub, entry["fingerprint"])
+        if key in checked:
+            continue
+        try:
+            check_fingerprint(role, sources[role], entry["fingerprint"], **hub)
+        except OSError as error:
+            raise OSError(
+                f"The {role} model of this IPN is not at {sources[role]}: pass {role}_model_name_or_path= where its "
+                "weights are."
+            ) from error
+        checked.append(key)
+    return sources
 
 
 def _placed(model: nn.Module) -> nn.Module:

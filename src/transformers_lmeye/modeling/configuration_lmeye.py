@@ -1,10 +1,14 @@
 """Configuration of LMEye (arXiv 2305.03701)."""
 
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from .open_clip_towers import OpenCLIPTextConfig, OpenCLIPVisionConfig  # noqa: F401 (registers their model types)
+from .presets import preset_fields
 
 
 AUTO_MAP = {
@@ -144,8 +148,24 @@ class LMEyeConfig(PreTrainedConfig):
             if getattr(self, name) is None:
                 setattr(self, name, language.vocab_size + offset)
         # The head is tied inside the language model; the outer flag decides whether the library ties at all.
-        self.tie_word_embeddings = bool(language.tie_word_embeddings)
+        self.tie_word_embeddings = bool(getattr(language, "tie_word_embeddings", False))
         self.auto_map = dict(AUTO_MAP)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "LMEyeConfig":
+        """
+        The configuration of a model of the paper or of the authors' releases, at true width.
+
+        Args:
+            name (`str`): `"opt-iml-1.3b"`, `"bloomz-7b1"`, `"blip2-flan-t5-xl"`, `"llama-7b"`, `"llama-13b"`,
+                `"vicuna-7b"`, `"mpt-7b"` or `"chatglm2-6b"`; see `presets.py`.
+            overrides: fields of [`LMEyeConfig`] to set otherwise, such as `interaction="none"` for the same model
+                without interaction (the paper's IPN*).
+
+        Raises:
+            ValueError: there is no such preset; the message lists them.
+        """
+        return cls(**preset_fields(name, **overrides))
 
     def validate_architecture(self):
         """Checks the fields against each other.
@@ -169,15 +189,16 @@ class LMEyeConfig(PreTrainedConfig):
                 "keep_request_token=False out."
             )
         if self.interaction == "clip_text":
+            self._check_text_positions()
             # The last outputs are those of the request vectors and of eos.
             if self.dynamic_readout == "last" and self.num_request_vectors + 1 < self.num_dynamic_tokens:
                 raise ValueError(
                     f"num_request_vectors={self.num_request_vectors} is too small for num_dynamic_tokens="
                     f"{self.num_dynamic_tokens}: dynamic tokens are read at the request vectors and at eos."
                 )
-        elif self.dynamic_readout == "eos":
+        elif self.interaction == "cross_attention" and self.dynamic_readout == "eos":
             raise ValueError('dynamic_readout="eos" is for interaction="clip_text": a stack of blocks has no eos.')
-        elif self.num_request_vectors < self.num_dynamic_tokens:
+        elif self.interaction == "cross_attention" and self.num_request_vectors < self.num_dynamic_tokens:
             raise ValueError(
                 f"num_request_vectors={self.num_request_vectors} is smaller than num_dynamic_tokens="
                 f"{self.num_dynamic_tokens}: each dynamic token is read from a request vector of its own."
@@ -188,6 +209,26 @@ class LMEyeConfig(PreTrainedConfig):
             raise ValueError(
                 f"interaction_hidden_size={self.interaction_hidden_size} is not a multiple of "
                 f"interaction_num_heads={self.interaction_num_heads}."
+            )
+
+    def _check_text_positions(self):
+        """Refuses more soft tokens per image than the CLIP text encoder has positions for."""
+        num_tokens = self.num_fine_grained_tokens
+        if num_tokens is None and self.fine_grained_source == "qformer":
+            num_tokens = self.num_query_tokens
+        elif num_tokens is None:
+            image_size, patch_size = (getattr(self.vision_config, name, None) for name in ("image_size", "patch_size"))
+            if not (isinstance(image_size, int) and isinstance(patch_size, int)):
+                return
+            num_tokens = (image_size // patch_size) ** 2
+        needed, available = num_tokens + self.num_request_vectors + 2, self.clip_text_config.max_position_embeddings
+        if needed > available:
+            side = math.isqrt(max(available - self.num_request_vectors - 2, 1))
+            raise ValueError(
+                f'fine_grained_source="{self.fine_grained_source}" gives {num_tokens} soft tokens per image; with '
+                f"bos, eos and {self.num_request_vectors} request vectors they need {needed} positions of the CLIP "
+                f"text encoder, which has {available}: pool them, for instance with "
+                f'num_fine_grained_tokens={side * side}, or choose interaction="cross_attention".'
             )
 
 

@@ -16,6 +16,8 @@ from transformers.utils import (
     cached_file,
 )
 
+from .open_clip_towers import is_open_clip, open_clip_weight_file
+
 
 SAMPLES_PER_TENSOR = 4096
 
@@ -40,12 +42,14 @@ def weight_files(name_or_path: str, **hub_kwargs: Any) -> list[Path]:
     The weight files of a checkpoint, as `from_pretrained` would choose them.
 
     Args:
-        name_or_path (`str`): a local folder, or a hub id (fetched if it is not in the cache).
+        name_or_path (`str`): a local folder, a hub id (fetched if it is not in the cache), or a name of open_clip's.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
 
     Raises:
         OSError: there are none.
     """
+    if is_open_clip(name_or_path):
+        return [open_clip_weight_file(name_or_path, **hub_kwargs)]
     for index_name, single_name in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
         for name in (single_name, index_name):
             found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
@@ -100,7 +104,10 @@ def _sampled(file: Path) -> Iterator[tuple[str, list[int], torch.Tensor]]:
             chosen = rows[_sample_indices(rows.shape[0])].contiguous()
             yield name, entry["shape"], chosen.view(dtype).flatten().float()
     else:
-        for name, tensor in torch.load(file, map_location="cpu", mmap=True, weights_only=True).items():
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        # open_clip's training checkpoints hold more than tensors, and DistributedDataParallel's names of them.
+        for name, tensor in content.get("state_dict", content).items():
+            name = name.removeprefix("module.")
             flat = tensor.flatten()
             yield name, list(tensor.shape), flat[_sample_indices(flat.numel())].float()
 

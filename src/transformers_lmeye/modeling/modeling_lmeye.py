@@ -1,8 +1,9 @@
-"""LMEye around any causal language model of Transformers and a CLIP (arXiv 2305.03701).
+"""LMEye around any language model of Transformers and a vision tower (arXiv 2305.03701).
 
 The way of one picture: vision tower -> static token in the `<img>` slot -> the language model reads image and question
 up to the request token -> its last hidden state there is the request -> the Interactive Perception Network looks it up
-in the image -> dynamic tokens in the `<img-d>` slots -> answer. See `segments.py` for what is read when.
+in the image -> dynamic tokens in the `<img-d>` slots -> answer. See `segments.py` for what a causal model reads when,
+`encoder_decoder.py` for the others.
 """
 
 import copy
@@ -14,8 +15,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    CLIPTextModelWithProjection,
-    CLIPVisionModelWithProjection,
+    AutoModelForSeq2SeqLM,
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
@@ -27,15 +27,21 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple, logging
 
-from .backbones import (
-    CLIPVisionTower,
-    LMEyeCheckpointMixin,
-    language_model_widths,
-)
+from .backbones import LMEyeCheckpointMixin, language_model_widths
 from .configuration_lmeye import LMEyeConfig
-from .interactive_perception import ImageFeatures, InteractivePerceptionNetwork, patch_grid
-from .reading import LaidOutBatch, SegmentReadingMixin, accepted_arguments, take_columns
-from .segments import SegmentPlan, plan_segments
+from .encoder_decoder import EncoderDecoderMixin, LMEyeSeq2SeqLMOutput
+from .interactive_perception import InteractivePerceptionNetwork
+from .reading import LaidOutBatch, Reading, SegmentReadingMixin, accepted_arguments, last_place, take_columns
+from .segments import SegmentPlan, cache_length, counts_columns, is_recurrent, plan_segments, repeat_rows
+from .towers import (
+    ImageFeatures,
+    QFormer,
+    build_vision_tower,
+    patch_grid,
+    read_images,
+    uses_patches,
+    vision_widths,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -77,7 +83,9 @@ class LMEyePerception(ModelOutput):
         request_images (int `[R, I]`): the images each request looked at; -1 is padding.
         dynamic_tokens (`[R, k, d_L]`): dynamic information.
         attention_maps (`[R, layers, request vectors, I, grid rows, grid columns]`, *optional*): where each request
-            looked, averaged over heads; for `interaction="cross_attention"`.
+            looked, averaged over heads: on the grid of patches (or of what they were pooled to); in one row for the
+            Q-Former's outputs and for pictures whose grids differ (`image_features.spatial_shapes` has them). `None`
+            where the interaction sees nothing but the global feature through `clip_text`.
     """
 
     image_features: ImageFeatures | None = None
@@ -98,12 +106,14 @@ class PerceivedPrompt:
         attention_mask (`[rows, columns]` or `None`): of the cache's columns; `None` without padding.
         position_ids (int `[rows, columns]`): of the cache's columns.
         outputs ([`LMEyeCausalLMOutputWithPast`]): logits for the first new token, and the cache.
+        embeds (`[rows, columns, d_L]`, *optional*): the prompt, where nothing but the prompt can be kept of it.
     """
 
     num_words: int
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor
     outputs: LMEyeCausalLMOutputWithPast
+    embeds: torch.Tensor | None = None
 
 
 class LMEyePreTrainedModel(PreTrainedModel):
@@ -119,7 +129,7 @@ class LMEyePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _skip_keys_device_placement = "past_key_values"
     # Half-precision backbones are read, never updated; the trained part keeps float32 weights.
-    _keep_in_fp32_modules_strict = ("ipn",)
+    _keep_in_fp32_modules_strict = ("ipn", "qformer")
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, InteractivePerceptionNetwork):
@@ -128,41 +138,50 @@ class LMEyePreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, LMEyePreTrainedModel, GenerationMixin):
+class LMEyeForConditionalGeneration(
+    SegmentReadingMixin, EncoderDecoderMixin, LMEyeCheckpointMixin, LMEyePreTrainedModel, GenerationMixin
+):
     """
-    A frozen language model, a frozen CLIP, and the Interactive Perception Network between them.
+    A frozen language model, a frozen vision tower, and the Interactive Perception Network between them.
 
     Args:
         config ([`LMEyeConfig`]): the variant, its sizes and the backbones' configurations.
-        vision_tower, language_model, clip_text_model (*optional*): loaded backbones; built from the configuration,
-            with random weights, where absent. See [`~LMEyeForConditionalGeneration.from_vision_language_pretrained`].
+        vision_tower, language_model, clip_text_model, qformer (*optional*): loaded backbones; built from the
+            configuration, with random weights, where absent. See
+            [`~LMEyeForConditionalGeneration.from_vision_language_pretrained`].
     """
 
     def __init__(
         self,
         config: LMEyeConfig,
-        vision_tower: CLIPVisionModelWithProjection | None = None,
+        vision_tower: PreTrainedModel | None = None,
         language_model: PreTrainedModel | None = None,
-        clip_text_model: CLIPTextModelWithProjection | None = None,
+        clip_text_model: PreTrainedModel | None = None,
+        qformer: QFormer | None = None,
     ):
         super().__init__(config)
         if vision_tower is None:
-            vision_tower = CLIPVisionTower._from_config(config.vision_config)
+            vision_tower = build_vision_tower(config)
+        if qformer is None and config.qformer_config is not None:
+            qformer = QFormer(config.qformer_config, config.num_query_tokens)
         if language_model is None:
-            language_model = AutoModelForCausalLM.from_config(config.text_config)
+            auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            language_model = auto_class.from_config(config.text_config)
         if "inputs_embeds" not in inspect.signature(language_model.forward).parameters:
             raise ValueError(
                 f"{type(language_model).__name__} takes no `inputs_embeds`, so no image can be shown to it: choose a "
                 "language model whose forward accepts them."
             )
         self.vision_tower = vision_tower
+        self.qformer = qformer
         self.language_model = language_model
         self._accepted = accepted_arguments(language_model)
+        image_width, patch_width = vision_widths(config.vision_config, config.vision_feature_layer)
         input_width, request_width = language_model_widths(language_model)
         self.ipn = InteractivePerceptionNetwork(
             config,
-            image_width=config.vision_config.projection_dim,
-            patch_width=config.vision_config.hidden_size,
+            image_width=image_width,
+            patch_width=patch_width,
             input_width=input_width,
             request_width=request_width,
             clip_text_model=clip_text_model,
@@ -176,8 +195,10 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
     # --- parts -------------------------------------------------------------------------------------------------
 
     def backbones(self) -> list[nn.Module]:
-        """The frozen parts: vision tower, language model and, with `interaction="clip_text"`, CLIP's text encoder."""
+        """The frozen parts: vision tower, language model, Q-Former and CLIP's text encoder, the latter two if used."""
         frozen = [self.vision_tower, self.language_model]
+        if self.qformer is not None:
+            frozen.append(self.qformer)
         if self.config.interaction == "clip_text":
             frozen.append(self.ipn.interaction)
         return frozen
@@ -257,41 +278,45 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
 
     # --- images ------------------------------------------------------------------------------------------------
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> ImageFeatures:
+    def get_image_features(self, pixel_values: torch.Tensor, **vision_inputs: torch.Tensor | None) -> ImageFeatures:
         """
-        Runs the vision tower.
+        Runs the vision tower, and the Q-Former where there is one.
 
         Args:
             pixel_values (`[N, channels, height, width]`): as the processor makes them.
+            vision_inputs: what else the processor returned for the vision tower, such as SigLIP2's
+                `pixel_attention_mask` and `spatial_shapes`.
 
         Returns:
             [`ImageFeatures`]: to be passed as `image_features` in place of `pixel_values`, as often as wanted.
         """
-        tower = self.vision_tower
-        needs_patches = self.config.visual_mapping == "resampler" or (
-            self.config.interaction != "none" and self.config.fine_grained_source == "patch"
+        return read_images(
+            self.vision_tower,
+            self.qformer,
+            pixel_values,
+            self.config.vision_feature_layer,
+            uses_patches(self.config),
+            **vision_inputs,
         )
-        outputs = tower(pixel_values.to(tower.device, tower.dtype), output_hidden_states=needs_patches)
-        patches = outputs.hidden_states[self.config.vision_feature_layer][:, 1:] if needs_patches else None
-        return ImageFeatures(outputs.image_embeds, patches)
 
     def _is_slot(self, input_ids: torch.Tensor) -> torch.Tensor:
         return input_ids >= min(self.config.image_token_id, self.config.request_token_id, self.config.dynamic_token_id)
 
-    def _lay_out(
+    def _embed(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
         image_features: ImageFeatures | None,
-        start: int,
+        start: int = 0,
     ) -> LaidOutBatch:
-        """Embeds words and static information and plans the segments; dynamic slots are filled as they are read."""
+        """Embeds words and static information; `<img-q>` and `<img-d>` are filled as they are read."""
         if not self.config.keep_request_token and (input_ids == self.config.request_token_id).any():
             raise ValueError(
                 "`<img-q>` is a slot of models with keep_request_token=True. Here the first `<img-d>` of a group is "
                 "the request slot as well: leave `<img-q>` out."
             )
+        if self.config.interaction == "none" and (input_ids == self.config.dynamic_token_id).any():
+            raise ValueError('A model with interaction="none" has no requests: leave `<img-d>` slots out.')
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         elif attention_mask.shape[1] < input_ids.shape[1]:
@@ -299,31 +324,30 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
                 f"attention_mask has {attention_mask.shape[1]} columns, input_ids {input_ids.shape[1]}: with "
                 "past_key_values, too, both cover the whole sequence."
             )
-        if pixel_values is not None and image_features is None:
-            image_features = self.get_image_features(pixel_values)
         image_rows, image_columns = self._place_images(input_ids, image_features, start)
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(self._is_slot(input_ids), 0))
+        words = input_ids.masked_fill(self._is_slot(input_ids), 0)
+        embeds = self.get_input_embeddings()(words)
         static_tokens = None
         if image_features is not None:
             static_tokens = self.ipn.static_tokens(image_features.to(self.ipn.image_token.device))
             unread = image_columns >= start
             rows, columns = ((input_ids == self.config.image_token_id) & _from_column(input_ids, start)).nonzero().T
             embeds = embeds.index_put((rows, columns), static_tokens[unread].flatten(0, 1).to(embeds))
-        has_request = self.config.interaction != "none"
-        if not has_request and (input_ids == self.config.dynamic_token_id).any():
-            raise ValueError('A model with interaction="none" has no requests: leave `<img-d>` slots out.')
-        plan = plan_segments(
+        embeds = self._with_layer_inputs(embeds, words)
+        return LaidOutBatch(embeds, attention_mask, start, image_features, static_tokens, image_rows, image_columns)
+
+    def _plan(self, input_ids: torch.Tensor, laid_out: LaidOutBatch) -> SegmentPlan:
+        """The segments of a batch for a causal language model."""
+        keeps = self.config.keep_request_token
+        return plan_segments(
             input_ids,
-            attention_mask,
+            laid_out.attention_mask,
             self.config.dynamic_token_id,
             self.config.num_dynamic_tokens,
-            start,
-            request_token_id=self.config.request_token_id if self.config.keep_request_token else None,
+            laid_out.start,
+            request_token_id=self.config.request_token_id if keeps else None,
             # Read apart, a prefix that nothing trains through leaves no graph behind.
-            split_first=self.config.keep_request_token and torch.is_grad_enabled() and not embeds.requires_grad,
-        )
-        return LaidOutBatch(
-            embeds, attention_mask, plan, start, image_features, static_tokens, image_rows, image_columns
+            split_first=keeps and torch.is_grad_enabled() and not laid_out.embeds.requires_grad,
         )
 
     def _place_images(
@@ -375,11 +399,14 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_features: ImageFeatures | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        encoder_outputs: ModelOutput | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         prompt_outputs: LMEyeCausalLMOutputWithPast | None = None,
         **kwargs,
-    ) -> LMEyeCausalLMOutputWithPast:
+    ) -> LMEyeCausalLMOutputWithPast | LMEyeSeq2SeqLMOutput:
         """
         Reads words and images, any number of requests included, and scores every position.
 
@@ -394,7 +421,12 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
             labels (int `[batch, seq]`): targets, -100 where there is none. Slots are never targets.
             logits_to_keep (`int` or int tensor): only the last that many positions (0: all), or these columns.
             image_features ([`ImageFeatures`]): what `get_image_features` returned, in place of `pixel_values`.
+            pixel_attention_mask (`[N, P]`), spatial_shapes (int `[N, 2]`): for vision towers that take them (SigLIP2).
+            encoder_outputs: for encoder-decoders, what an earlier pass returned, in place of words and images.
             prompt_outputs: used by `generate`, for the prompt it has read.
+            kwargs: for the language model, such as an encoder-decoder's `decoder_input_ids`. There `labels` are the
+                decoder's own and need no shift; `past_key_values` is the decoder's; `position_ids` and
+                `logits_to_keep` have no meaning.
 
         Raises:
             ValueError: images and `<img>` slots differ in number; a request stands before any image.
@@ -410,7 +442,18 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
             )
             if value
         )
-        has_images = pixel_values is not None or image_features is not None
+        if pixel_values is not None and image_features is None:
+            image_features = self.get_image_features(
+                pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes
+            )
+        if self.config.is_encoder_decoder:
+            for name, value in (("past_key_values", past_key_values), ("use_cache", use_cache)):
+                if value is not None:
+                    kwargs[name] = value
+            return self._forward_encoder_decoder(
+                input_ids, attention_mask, image_features, inputs_embeds, encoder_outputs, labels, loss_kwargs, kwargs
+            )
+        has_images = image_features is not None
         if inputs_embeds is not None or not (has_images or self._holds_slots(input_ids, past_key_values)):
             if has_images:
                 raise ValueError("Images are shown in `<img>` slots of input_ids; inputs_embeds has none.")
@@ -428,7 +471,7 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
                 outputs["logits"] = torch.cat([prompt_outputs.logits, outputs["logits"]], dim=1)
         else:
             outputs = self._read_with_images(
-                input_ids, attention_mask, pixel_values, image_features, past_key_values, logits_to_keep, kwargs
+                input_ids, attention_mask, image_features, past_key_values, logits_to_keep, kwargs
             )
             if use_cache is False:
                 outputs["past_key_values"] = None
@@ -463,7 +506,7 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         optional = {
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            self._cache_name: past_key_values,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
@@ -473,13 +516,13 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
         outputs = self.language_model(attention_mask=attention_mask, return_dict=True, **inputs, **kwargs)
         return {
             "logits": outputs.logits,
-            "past_key_values": outputs.get("past_key_values"),
+            "past_key_values": outputs.get(self._cache_name),
             "hidden_states": outputs.get("hidden_states"),
             "attentions": outputs.get("attentions"),
         }
 
     def _read_with_images(
-        self, input_ids, attention_mask, pixel_values, image_features, past_key_values, logits_to_keep, kwargs
+        self, input_ids, attention_mask, image_features, past_key_values, logits_to_keep, kwargs
     ) -> dict[str, Any]:
         """Words and images: one sweep over the segments."""
         if kwargs.get("output_attentions"):
@@ -488,16 +531,16 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
                 "over caches of different lengths. `perceive` returns where each request looked."
             )
         output_hidden_states = bool(kwargs.get("output_hidden_states"))
-        start = past_key_values.get_seq_length() if past_key_values is not None else 0
+        start = cache_length(past_key_values)
         if start and attention_mask is not None and attention_mask.shape[1] == input_ids.shape[1] + start:
             past = input_ids.new_zeros(input_ids.shape[0], start)
             input_ids = torch.cat([past, input_ids], dim=1)
-        sequence = self._lay_out(input_ids, attention_mask, pixel_values, image_features, start)
-        plan = sequence.plan
+        sequence = self._embed(input_ids, attention_mask, image_features, start)
+        plan = self._plan(input_ids, sequence)
         widths = [segment.columns.shape[1] for segment in plan.segments]
         keep_last = logits_to_keep if isinstance(logits_to_keep, int) and plan.contiguous else 0
         num_logits = _last_columns(widths, keep_last) if keep_last else widths
-        reading = self._sweep(sequence, past_key_values, num_logits, output_hidden_states)
+        reading = self._sweep(sequence, plan, past_key_values, num_logits, output_hidden_states)
         logits = torch.cat(reading.logits, dim=1)
         hidden_states = None
         if output_hidden_states:
@@ -523,14 +566,16 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_features: ImageFeatures | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
         **kwargs,
     ) -> LMEyePerception:
         """
         What the model asks of the images, and what comes back, without generating.
 
         Args:
-            input_ids, pixel_values, attention_mask, image_features: as in `forward`; other keys of the processor's
-                output are ignored.
+            input_ids, pixel_values, attention_mask, image_features, pixel_attention_mask, spatial_shapes: as in
+                `forward`; other keys of the processor's output are ignored.
 
         Returns:
             [`LMEyePerception`]
@@ -541,9 +586,21 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
         if pixel_values is None and image_features is None:
             raise ValueError("There is nothing to perceive without an image: pass pixel_values or image_features.")
         with torch.no_grad():
-            sequence = self._lay_out(input_ids, attention_mask, pixel_values, image_features, start=0)
-            found = self._sweep(sequence, return_weights=True).perceptions
-        perception = LMEyePerception(image_features=sequence.features, image_hidden_states=sequence.static_tokens)
+            if image_features is None:
+                image_features = self.get_image_features(
+                    pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes
+                )
+            if self.config.is_encoder_decoder:
+                encoding = self._encode(
+                    input_ids, attention_mask, image_features, return_weights=True, perceive_only=True
+                )
+                static_tokens, found = encoding.static_tokens, encoding.perceptions
+            else:
+                sequence = self._embed(input_ids, attention_mask, image_features)
+                plan = self._plan(input_ids, sequence)
+                static_tokens = sequence.static_tokens
+                found = self._sweep(sequence, plan, return_weights=True).perceptions
+        perception = LMEyePerception(image_features=image_features, image_hidden_states=static_tokens)
         if not found:
             return perception
         most = max(part["images"].shape[1] for part in found)
@@ -552,18 +609,14 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
             part["images"] = nn.functional.pad(part["images"], (0, missing), value=-1)
             if part["attention"] is not None:
                 part["attention"] = nn.functional.pad(part["attention"], (0, 0, 0, missing))
-        rows = torch.cat([part["rows"] for part in found])
-        order = rows.argsort(stable=True)
-        joined = {
-            name: torch.cat([part[name] for part in found])[order]
-            for name in ("requests", "images", "tokens", "attention")
-            if found[0][name] is not None
-        }
+        joined = {name: torch.cat([part[name] for part in found]) for name in found[0] if found[0][name] is not None}
+        order = (joined["rows"] * input_ids.shape[1] + joined["columns"]).argsort()
+        joined = {name: values[order.to(values.device)] for name, values in joined.items()}
         perception.requests, perception.dynamic_tokens = joined["requests"], joined["tokens"]
-        perception.request_rows, perception.request_images = rows[order], joined["images"]
+        perception.request_rows, perception.request_images = joined["rows"], joined["images"]
         if "attention" in joined:
             attention = joined["attention"]
-            perception.attention_maps = attention.unflatten(-1, patch_grid(attention.shape[-1]))
+            perception.attention_maps = attention.unflatten(-1, _grid_of(attention.shape[-1], image_features))
         return perception
 
     # --- generate ----------------------------------------------------------------------------------------------
@@ -575,6 +628,8 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
         generation_config: GenerationConfig | None = None,
         pixel_values: torch.Tensor | None = None,
         image_features: ImageFeatures | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.LongTensor | ModelOutput:
         """
@@ -583,20 +638,31 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
         The prompt is read once per sample - vision tower, prefix, requests and the words behind them - whatever the
         number of beams or returned sequences; its cache is then expanded, and copied into the kind asked for. The
         decoding loop holds the prompt's words without its slots, so that no logits processor, stopping criterion,
-        assistant or prompt lookup ever sees a slot.
+        assistant or prompt lookup ever sees a slot. An encoder-decoder's prompt is encoded once per sample, and the
+        loop is its own.
 
         Args:
             inputs or input_ids (int `[batch, seq]`): words and slots. With `past_key_values` of an earlier turn, the
                 whole conversation, as for any other model.
             generation_config, kwargs: as in [`~GenerationMixin.generate`].
-            pixel_values, image_features: as in `forward`.
+            pixel_values, image_features, pixel_attention_mask, spatial_shapes: as in `forward`.
 
         Returns:
-            int `[batch, seq + new]`: prompt, slots included, and new tokens; or the mixin's output holding them.
+            int `[batch, seq + new]`: prompt, slots included, and new tokens (new tokens alone from an
+            encoder-decoder); or the mixin's output holding them.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        has_images = pixel_values is not None or image_features is not None
-        if input_ids is None or not (has_images or bool(self._is_slot(input_ids).any())):
+        if pixel_values is not None and image_features is None:
+            image_features = self.get_image_features(
+                pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes
+            )
+        if self.config.is_encoder_decoder:
+            kwargs.pop("input_ids", None)
+            return self._generate_encoder_decoder(input_ids, image_features, generation_config, kwargs)
+        if input_ids is None or not (image_features is not None or bool(self._is_slot(input_ids).any())):
+            if not self._supports_default_dynamic_cache():
+                generation_config = generation_config or self.generation_config
+                return self.language_model.generate(inputs, generation_config=generation_config, **kwargs)
             return super().generate(inputs, generation_config=generation_config, **kwargs)
         kwargs.pop("input_ids", None)
         kwargs.pop("labels", None)
@@ -613,13 +679,16 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
             attention_mask = (input_ids != pad_token_id).long()
         if pad_token_id is None:
             pad_token_id = eos_token_ids[0] if eos_token_ids else 0
+        if attention_mask is not None and len(input_ids) > 1 and not (bool(attention_mask.all()) or self.joins_rows):
+            return self._generate_rows_apart(
+                input_ids, attention_mask, image_features, generation_config, pad_token_id, kwargs
+            )
         prompt_cache, given_cache = None, kwargs.pop("past_key_values", None)
-        if given_cache is not None and given_cache.get_seq_length() > 0:
+        if cache_length(given_cache) > 0:
             prompt_cache, given_cache = given_cache, None
-        outputs, mask = self._read_prompt(
+        outputs, reading = self._read_prompt(
             input_ids,
             attention_mask,
-            pixel_values,
             image_features,
             prompt_cache,
             bool(setting("output_hidden_states")),
@@ -627,27 +696,32 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
 
         words, words_mask = self._words_of(input_ids, attention_mask, pad_token_id)
         expand = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-        outputs, mask = _repeat_rows(outputs, expand), mask.repeat_interleave(expand, dim=0)
+        outputs, mask = _repeat_rows(outputs, expand), reading.mask.repeat_interleave(expand, dim=0)
         changes = self._settings_for_words(setting, input_ids.shape[1], input_ids.shape[1] - words.shape[1])
         num_columns = mask.shape[1] + (setting("max_new_tokens") or setting("max_length") or 20)
-        outputs.past_key_values = self._cache_of_kind(outputs.past_key_values, given_cache, setting, num_columns)
+        cache = self._cache_of_kind(outputs.past_key_values, given_cache, setting, num_columns)
+        outputs.past_key_values = cache
         prompt = PerceivedPrompt(
             num_words=words.shape[1],
             attention_mask=None if bool(mask.all()) else mask.long(),
-            position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0) + self._position_of_first_word,
             outputs=outputs,
+            embeds=None if reading.cache is not None else reading.embeds.repeat_interleave(expand, dim=0),
         )
+        changes["use_cache"] = cache is not None
         kwargs = {name: value for name, value in kwargs.items() if name not in changes}
         if generation_config is None:
             kwargs.update({name: value for name, value in changes.items() if value is not None})
         else:
             generation_config = copy.deepcopy(generation_config)
             generation_config.update(**changes)
+        if cache is not None and counts_columns(cache):
+            # The loop asks a cache for its length; one that cannot tell comes with the prompt's outputs.
+            kwargs["past_key_values"] = cache
         result = super().generate(
             words,
             generation_config=generation_config,
             attention_mask=words_mask,
-            past_key_values=outputs.past_key_values,
             prompt=prompt,
             **kwargs,
         )
@@ -660,23 +734,24 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
         return result
 
     def _read_prompt(
-        self, input_ids, attention_mask, pixel_values, image_features, past_key_values, output_hidden_states
-    ) -> tuple[LMEyeCausalLMOutputWithPast, torch.Tensor]:
-        """One sweep over the prompts: logits `[B, 1, vocab]` behind each row's last word, and the cache's mask."""
-        start = past_key_values.get_seq_length() if past_key_values is not None else 0
+        self, input_ids, attention_mask, image_features, past_key_values, output_hidden_states
+    ) -> tuple[LMEyeCausalLMOutputWithPast, Reading]:
+        """One sweep over the prompts: logits `[B, 1, vocab]` behind each row's last word, and what has been read."""
+        start = cache_length(past_key_values)
         if start >= input_ids.shape[1]:
             raise ValueError(
                 f"past_key_values holds {start} columns, input_ids only {input_ids.shape[1]}: pass the whole "
                 "conversation, earlier turns included, and at least one new token."
             )
-        sequence = self._lay_out(input_ids, attention_mask, pixel_values, image_features, start)
-        plan, last = sequence.plan, sequence.plan.segments[-1]
+        sequence = self._embed(input_ids, attention_mask, image_features, start)
+        plan = self._plan(input_ids, sequence)
+        last = plan.segments[-1]
         num_logits = [0] * len(plan.segments)
         num_logits[-1] = 1 if last.right_aligned else last.columns.shape[1]
-        reading = self._sweep(sequence, past_key_values, num_logits, output_hidden_states)
+        reading = self._sweep(sequence, plan, past_key_values, num_logits, output_hidden_states)
         logits = reading.logits[-1]
         if not last.right_aligned:
-            logits = take_columns(logits, last.valid.sum(dim=1, keepdim=True) - 1)
+            logits = take_columns(logits, last_place(last.valid))
         hidden_states = None
         if output_hidden_states:
             hidden_states = tuple(torch.cat(parts, dim=1) for parts in zip(*reading.hidden_states, strict=True))
@@ -686,7 +761,35 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
         outputs = LMEyeCausalLMOutputWithPast(
             logits=logits, past_key_values=reading.cache, hidden_states=hidden_states
         )
-        return outputs, reading.mask
+        return outputs, reading
+
+    def _generate_rows_apart(
+        self, input_ids, attention_mask, image_features, generation_config, pad_token_id, kwargs
+    ) -> torch.LongTensor:
+        """Generates for one row after the other, where the language model cannot tell padding from words."""
+        image_rows, _ = self._place_images(input_ids, image_features, 0)
+        sequences = []
+        for row, valid in enumerate(attention_mask.bool()):
+            features = image_features[image_rows == row] if bool((image_rows == row).any()) else None
+            ids = input_ids[row : row + 1, valid]
+            found = self.generate(
+                ids,
+                generation_config=generation_config,
+                image_features=features,
+                attention_mask=torch.ones_like(ids),
+                **kwargs,
+            )
+            if not isinstance(found, torch.Tensor):
+                raise ValueError(
+                    f"{type(self.language_model).__name__} reads rows of unlike lengths one at a time, whose outputs "
+                    "do not fit into one: leave return_dict_in_generate out, or pass rows of equal length."
+                )
+            prompt = input_ids[row].expand(len(found), -1)
+            sequences.append(torch.cat([prompt, found[:, ids.shape[1] :]], dim=1))
+        longest = max(part.shape[1] for part in sequences)
+        return torch.cat(
+            [nn.functional.pad(part, (0, longest - part.shape[1]), value=pad_token_id) for part in sequences]
+        )
 
     def _words_of(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int
@@ -715,9 +818,18 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
             changes["min_length"] = max(setting("min_length") - num_hidden, 0)
         return changes
 
-    def _cache_of_kind(self, cache: DynamicCache, given_cache: Cache | None, setting, num_columns: int) -> Cache:
+    def _cache_of_kind(
+        self, cache: Cache | None, given_cache: Cache | None, setting, num_columns: int
+    ) -> Cache | None:
         """The prompt's cache, copied into the empty cache that was given or into one of the kind asked for."""
         kind, text_config = setting("cache_implementation"), self.config.get_text_config(decoder=True)
+        if cache is None or is_recurrent(cache):
+            if kind not in (None, "dynamic", "hybrid"):
+                raise ValueError(
+                    f"{type(self.language_model).__name__} keeps a state of its own kind, which cannot be copied into "
+                    f'a cache of kind "{kind}": leave cache_implementation out.'
+                )
+            return cache
         if given_cache is None:
             if kind in (None, "dynamic", "hybrid"):
                 return cache
@@ -737,6 +849,9 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
         for index, layer in enumerate(cache.layers):
             given_cache.update(layer.keys, layer.values, index)
         return given_cache
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        return self._takes_cache and self._cache_name == "past_key_values"
 
     def prepare_inputs_for_generation(
         self,
@@ -760,7 +875,14 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
             inputs["prompt_outputs"] = prompt.outputs if is_first_iteration else None
             new_ids = input_ids[:, prompt.num_words :]
             num_columns = prompt.position_ids.shape[1] + new_ids.shape[1]
-            next_sequence_length = num_columns - int(past_key_values.get_seq_length())
+            if prompt.embeds is not None:
+                if new_ids.shape[1]:
+                    words = self._with_layer_inputs(self.get_input_embeddings()(new_ids), new_ids).to(prompt.embeds)
+                    inputs.update(inputs_embeds=torch.cat([prompt.embeds, words], dim=1), use_cache=False)
+                return inputs
+            # Recurrent states alone do not tell how much they have read: every step reads the newest word.
+            counted = past_key_values is not None and counts_columns(past_key_values)
+            next_sequence_length = num_columns - cache_length(past_key_values) if counted else min(new_ids.shape[1], 1)
             if next_sequence_length == 0:
                 return inputs
             attention_mask = prompt.attention_mask
@@ -772,12 +894,14 @@ class LMEyeForConditionalGeneration(SegmentReadingMixin, LMEyeCheckpointMixin, L
         prepared = self.language_model.prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{self._cache_name: past_key_values},
             **kwargs,
         )
+        if self._cache_name in prepared:
+            prepared["past_key_values"] = prepared.pop(self._cache_name)
         return {**inputs, **prepared}
 
     def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
@@ -813,6 +937,16 @@ def _column_order(plan: SegmentPlan, length: int) -> torch.Tensor:
     return order
 
 
+def _grid_of(num_features: int, features: ImageFeatures) -> tuple[int, int]:
+    """Rows and columns that attention over `num_features` is shown in."""
+    shapes = features.spatial_shapes
+    if shapes is None or num_features != features.patches.shape[1]:
+        return patch_grid(num_features)
+    rows, columns = shapes[0].tolist()
+    same = bool((shapes == shapes[0]).all()) and rows * columns == num_features
+    return (rows, columns) if same else (1, num_features)
+
+
 def _as_list(ids) -> list[int]:
     if ids is None:
         return []
@@ -833,7 +967,8 @@ def _repeat_rows(outputs: LMEyeCausalLMOutputWithPast, repeats: int) -> LMEyeCau
     """Each row `repeats` times, in the cache (changed in place), logits and hidden states."""
     if repeats == 1:
         return outputs
-    outputs.past_key_values.batch_repeat_interleave(repeats)
+    if outputs.past_key_values is not None:
+        repeat_rows(outputs.past_key_values, repeats)
     outputs.logits = outputs.logits.repeat_interleave(repeats, dim=0)
     if outputs.hidden_states is not None:
         outputs.hidden_states = tuple(states.repeat_interleave(repeats, dim=0) for states in outputs.hidden_states)

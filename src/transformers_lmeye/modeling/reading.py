@@ -1,23 +1,48 @@
-"""Reading a batch with a language model: segment by segment over one cache, each request on the way."""
+"""Reading a batch with a causal language model: segment by segment over one cache, each request on the way.
+
+How a request is read follows from what the model keeps of the words before it:
+
+- keys and values: prefix and request token are read in one forward, and the token is dropped from the cache;
+- recurrent states, which nothing can be dropped from: the request is read behind a copy of the cache;
+- nothing that a longer text could be read behind: the whole text is read again for every request.
+
+Rows of unlike lengths share a batch where the model ignores padding, else rows of equal lengths are read together.
+"""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from .interactive_perception import ImageFeatures
-from .segments import Segment, SegmentPlan, cache_from_tensors, cache_tensors, roll_padding_left
+from .segments import (
+    Segment,
+    SegmentPlan,
+    cache_from_tensors,
+    cache_length,
+    cache_tensors,
+    empty_cache,
+    is_recurrent,
+    join_rows,
+    map_cache,
+    roll_padding_left,
+    select_rows,
+)
 
 
 @dataclass
 class LaidOutBatch:
     """A batch in the making: embeddings of all columns, and which images each row holds where."""
 
-    embeds: torch.Tensor  # [B, S, d_L]
+    embeds: torch.Tensor  # [B, S, d_L and layer inputs]; dynamic slots are filled as requests are answered
     attention_mask: torch.Tensor  # [B, S]
-    plan: SegmentPlan
     start: int  # columns that are in the cache already
     features: ImageFeatures | None
     static_tokens: torch.Tensor | None
@@ -29,19 +54,31 @@ class LaidOutBatch:
 class Reading:
     """What a sweep over a [`LaidOutBatch`] has gathered so far."""
 
-    cache: DynamicCache
-    mask: torch.Tensor  # bool [B, C], the cache's columns that hold words or slots
+    cache: Cache | None
+    mask: torch.Tensor  # bool [B, C], the columns read that hold words or slots
+    embeds: torch.Tensor  # [B, S, d_L], as in the batch, with the slots answered so far
     logits: list[torch.Tensor]
     hidden_states: list[tuple[torch.Tensor, ...]]
     perceptions: list[dict[str, torch.Tensor]]
 
 
+@dataclass
+class _Wish:
+    """What a sweep is to bring besides requests."""
+
+    num_logits: list[int] | None  # of each segment, how many of its last columns; `None` stops at the last request
+    hidden_states: bool
+    weights: bool
+
+
 def accepted_arguments(language_model: PreTrainedModel) -> frozenset[str]:
     """Which of the arguments that not every language model has this one takes."""
     parameters = inspect.signature(language_model.forward).parameters
-    names = ("position_ids", "past_key_values", "use_cache", "logits_to_keep")
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return frozenset(name for name in names if takes_any or name in parameters)
+    names = ("position_ids", "past_key_values", "cache_params", "logits_to_keep")
+    accepted = {name for name in names if name in parameters}
+    if "use_cache" in parameters or any(part.kind is part.VAR_KEYWORD for part in parameters.values()):
+        accepted.add("use_cache")
+    return frozenset(accepted)
 
 
 def take_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -49,10 +86,28 @@ def take_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
 
 
-def _last_place(valid: torch.Tensor) -> torch.Tensor:
+def last_place(valid: torch.Tensor) -> torch.Tensor:
     """The last valid place of every row of bool `[B, W]`, 0 where there is none: `[B, 1]`."""
     places = torch.arange(valid.shape[1], device=valid.device)
     return places.where(valid, 0).amax(dim=1, keepdim=True)
+
+
+def _first_position(decoder: nn.Module) -> int:
+    """The position of a text's first word: tables of positions that have a row for padding start behind it."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+class _found_by_trying(cached_property):
+    """A cached property that runs the language model, whose errors must not pass for a missing attribute."""
+
+    def __get__(self, instance, owner=None):
+        try:
+            return super().__get__(instance, owner)
+        except AttributeError as error:
+            raise RuntimeError(f"{type(instance.language_model).__name__} cannot be read with: {error}") from error
 
 
 class SegmentReadingMixin:
@@ -66,6 +121,121 @@ class SegmentReadingMixin:
             language_model = language_model.get_base_model()
         return language_model.get_decoder()
 
+    # --- what the language model can do ------------------------------------------------------------------------
+
+    @property
+    def _cache_name(self) -> str:
+        """The name by which the language model takes and returns a cache."""
+        return "cache_params" if "cache_params" in self._accepted else "past_key_values"
+
+    @property
+    def _takes_cache(self) -> bool:
+        """Whether the language model reads behind a cache of Transformers' own classes."""
+        return self._cache_name in self._accepted and self.language_model._supports_default_dynamic_cache()
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether rows of unlike lengths can be decoded in one batch."""
+        return self._takes_cache and (self.way_of_reading != "crop" or self.reads_padding)
+
+    @_found_by_trying
+    def way_of_reading(self) -> Literal["crop", "copy", "again"]:
+        """How the language model reads a request: see the head of this file."""
+        if not self._takes_cache:
+            return "again"
+        try:
+            cache = self._empty_cache()
+        except AttributeError:  # a configuration that does not say what its layers keep
+            return "again"
+        if not is_recurrent(cache):
+            return "crop"
+        return "copy" if self._goes_on_behind_a_cache() else "again"
+
+    @_found_by_trying
+    def reads_padding(self) -> bool:
+        """Whether a row on the right of padding is read as it would be alone."""
+        if self.way_of_reading != "crop":
+            return False
+        # Models that say they can be compiled whole go by masks and positions alone.
+        trusted = "position_ids" in self._accepted and self.language_model._can_compile_fullgraph
+        return trusted or self._ignores_padding()
+
+    @cached_property
+    def _position_of_first_word(self) -> int:
+        return _first_position(self.language_model)
+
+    def _empty_cache(self) -> Cache:
+        return empty_cache(self.language_model.config)
+
+    @torch.no_grad()
+    def _goes_on_behind_a_cache(self) -> bool:
+        """Tries whether several words behind a cache are read as if they had been read with what is in it.
+
+        Some recurrent models take single words alone, and forget their states where they are given more.
+        """
+        words = self._words_to_try()
+        valid = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
+        whole = self._read(self._nothing_read(words), words, valid, 0)[0]
+        reading = self._nothing_read(words, self._empty_cache())
+        self._read(reading, words[:, :6], valid[:, :6], 0)
+        return _alike(self._read(reading, words[:, 6:], valid[:, 6:], 0)[0], whole[:, 6:])
+
+    @torch.no_grad()
+    def _ignores_padding(self) -> bool:
+        """Tries whether a row in a batch, rolled past its padding, is read as it is alone."""
+        words = self._words_to_try()
+        lengths = [words.shape[1], 5]
+        begin = words.expand(2, -1, -1)
+        valid = torch.tensor([[place < length for place in range(lengths[0])] for length in lengths])
+        valid = valid.to(words.device)
+        together = self._nothing_read(begin, self._empty_cache())
+        self._read(together, begin, valid, 0)
+        together.mask = roll_padding_left(together.cache, together.mask)
+        got = self._read(together, begin, torch.ones_like(valid), 0)[0]
+        for row, length in enumerate(lengths):
+            alone = torch.cat([words[:, :length], words], dim=1)
+            mask = torch.ones(alone.shape[:2], dtype=torch.bool, device=words.device)
+            expected = self._read(self._nothing_read(alone), alone, mask, 0)[0]
+            if not _alike(got[row], expected[0, length:]):
+                return False
+        return True
+
+    def _words_to_try(self) -> torch.Tensor:
+        """Embeddings `[1, 12, d_L]` of words all over the vocabulary."""
+        embeddings = self.get_input_embeddings()
+        table = embeddings.weight
+        ids = torch.linspace(0, table.shape[0] - 1, 12, device=table.device).long()[None]
+        return self._with_layer_inputs(embeddings(ids), ids)
+
+    @cached_property
+    def _layer_inputs_table(self) -> nn.Module | None:
+        """The part of the language model that looks up inputs of single layers by word, where there is one."""
+        for module in self.language_model.modules():
+            if hasattr(module, "get_per_layer_inputs") and getattr(module, "hidden_size_per_layer_input", 0):
+                return module
+        return None
+
+    def _with_layer_inputs(self, embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings `[..., S, d_L]` of words, and behind them, in the last dimension, what single layers are given."""
+        if self._layer_inputs_table is None:
+            return embeds
+        layer_inputs = self._layer_inputs_table.get_per_layer_inputs(input_ids)  # [..., S, layers, width]
+        return torch.cat([embeds, layer_inputs.flatten(-2).to(embeds)], dim=-1)
+
+    def _in_slot(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors `[..., d_L]` as they stand in a slot, where single layers are given what belongs to id 0."""
+        if self._layer_inputs_table is None:
+            return vectors
+        ids = torch.zeros(vectors.shape[:-1], dtype=torch.long, device=vectors.device)
+        return self._with_layer_inputs(vectors, ids)
+
+    @staticmethod
+    def _nothing_read(embeds: torch.Tensor, cache: Cache | None = None) -> Reading:
+        mask = torch.zeros(embeds.shape[0], 0, dtype=torch.bool, device=embeds.device)
+        return Reading(cache, mask, embeds, [], [], [])
+
+    # --- one forward -------------------------------------------------------------------------------------------
+
     def _read(
         self,
         reading: Reading,
@@ -73,56 +243,85 @@ class SegmentReadingMixin:
         valid: torch.Tensor,
         num_logits: int,
         output_hidden_states: bool = False,
+        keep_cache: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...] | None]:
         """
         Runs the language model over `embeds` [B, W, d_L] behind the cache, which grows by W columns.
 
+        Args:
+            keep_cache (`bool`): whether to keep a cache that the model makes itself.
+
         Returns:
-            last hidden states `[B, W, d_h]`, logits of the last `num_logits` positions (`None` for 0), hidden states.
+            the hidden states its head is given, `[B, W, d_h]`; logits of the last `num_logits` positions (`None` for
+            0); hidden states.
         """
         lengths = reading.mask.sum(dim=1, keepdim=True)
         positions = (lengths + valid.long().cumsum(dim=1) - 1).clamp(min=0)
         reading.mask = torch.cat([reading.mask, valid], dim=1)
-        inputs = {"attention_mask": None if bool(reading.mask.all()) else reading.mask.long()}
+        inputs: dict[str, Any] = {"attention_mask": None if bool(reading.mask.all()) else reading.mask.long()}
         if "position_ids" in self._accepted:
-            inputs["position_ids"] = positions
-        head = {"logits_to_keep": num_logits} if "logits_to_keep" in self._accepted else {}
+            inputs["position_ids"] = positions + self._position_of_first_word
+        if "use_cache" in self._accepted:
+            inputs["use_cache"] = keep_cache or reading.cache is not None
+        if output_hidden_states:
+            inputs["output_hidden_states"] = True
 
-        def run(embeds: torch.Tensor, cache: DynamicCache):
-            arguments = dict(inputs, inputs_embeds=embeds, past_key_values=cache, use_cache=True, return_dict=True)
-            if output_hidden_states:
-                arguments["output_hidden_states"] = True
-            if not num_logits:
-                outputs = self._decoder(**arguments)
-                return outputs.last_hidden_state, None, outputs.hidden_states if output_hidden_states else None
-            seen = []
-            hook = self._decoder.register_forward_hook(lambda module, args, output: seen.append(output[0]))
-            try:
-                outputs = self.language_model(**arguments, **head)
-            finally:
-                hook.remove()
-            return seen[0], outputs.logits[:, -num_logits:], outputs.hidden_states if output_hidden_states else None
+        def run(embeds: torch.Tensor, cache: Cache | None):
+            arguments = inputs if cache is None else {**inputs, self._cache_name: cache}
+            if self._layer_inputs_table is not None:
+                width = self.ipn.image_token.shape[-1]
+                layer_inputs = embeds[..., width:]
+                width_in_layer = self._layer_inputs_table.hidden_size_per_layer_input
+                arguments = {**arguments, "per_layer_inputs": layer_inputs.unflatten(-1, (-1, width_in_layer))}
+                embeds = embeds[..., :width]
+            with self._head_inputs(num_logits) as head_inputs:
+                # Some models scale what they are given in place.
+                outputs = self.language_model(inputs_embeds=embeds.clone(), return_dict=True, **arguments)
+            if keep_cache and isinstance(made := outputs.get(self._cache_name), Cache):
+                reading.cache = made
+            logits = outputs.logits[:, outputs.logits.shape[1] - num_logits :] if num_logits else None
+            return head_inputs[0], logits, outputs.hidden_states if output_hidden_states else None
 
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not output_hidden_states:
             return self._checkpointed(run, reading, embeds)
         return run(embeds, reading.cache)
 
+    @contextmanager
+    def _head_inputs(self, num_columns: int) -> Iterator[list[torch.Tensor]]:
+        """Collects what the language model's head is given, and leaves it the last `num_columns` columns."""
+        seen: list[torch.Tensor] = []
+
+        def cut(module: nn.Module, args: tuple) -> tuple:
+            seen.append(args[0])
+            return (args[0][:, args[0].shape[1] - num_columns :], *args[1:])
+
+        handle = self.language_model.get_output_embeddings().register_forward_pre_hook(cut)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
     def _checkpointed(self, run, reading: Reading, embeds: torch.Tensor):
         """Keeps a segment's inputs in place of its activations; caches go in and out as tensors, so it can rerun."""
+        before, after = reading.cache, []
 
         def function(embeds: torch.Tensor, *tensors: torch.Tensor):
-            cache = cache_from_tensors(tensors)
+            cache = cache_from_tensors(before, tensors)
             hidden, logits, _ = run(embeds, cache)
+            after.append(cache)
             return (hidden, logits, *cache_tensors(cache))
 
-        hidden, logits, *tensors = self._gradient_checkpointing_func(function, embeds, *cache_tensors(reading.cache))
-        reading.cache = cache_from_tensors(tuple(tensors))
+        hidden, logits, *tensors = self._gradient_checkpointing_func(function, embeds, *cache_tensors(before))
+        reading.cache = cache_from_tensors(after[0], tensors)
         return hidden, logits, None
+
+    # --- the sweep ---------------------------------------------------------------------------------------------
 
     def _sweep(
         self,
         sequence: LaidOutBatch,
-        past_key_values: DynamicCache | None = None,
+        plan: SegmentPlan,
+        past_key_values: Cache | None = None,
         num_logits: list[int] | None = None,
         output_hidden_states: bool = False,
         return_weights: bool = False,
@@ -132,40 +331,199 @@ class SegmentReadingMixin:
 
         Args:
             sequence (`LaidOutBatch`): the batch; its dynamic slots are filled on the way.
-            past_key_values (`DynamicCache`, *optional*): columns `[0, sequence.start)`, read before.
+            plan ([`SegmentPlan`]): its segments.
+            past_key_values (`Cache`, *optional*): columns `[0, sequence.start)`, read before.
             num_logits (list of `int`, *optional*): for each segment, how many of its last columns need logits; without
                 it the sweep stops at the last request.
+
+        Raises:
+            ValueError: `past_key_values` is of no use to this language model.
         """
-        embeds, plan, start = sequence.embeds, sequence.plan, sequence.start
-        cache = past_key_values if past_key_values is not None else DynamicCache()
-        reading = Reading(cache, sequence.attention_mask[:, :start].bool(), [], [], [])
+        wish = _Wish(num_logits, output_hidden_states, return_weights)
+        cache = past_key_values
+        if self.way_of_reading == "again":
+            if cache is not None and cache_length(cache):
+                raise ValueError(
+                    f"{type(self.language_model).__name__} reads a text anew for every request, nothing can be read "
+                    "behind its cache: leave past_key_values out and pass the whole conversation with all of its "
+                    "images."
+                )
+            cache = None
+        elif cache is None:
+            cache = self._empty_cache()
+        mask = sequence.attention_mask[:, : sequence.start].bool()
+        reading = Reading(cache, mask, sequence.embeds, [], [], [])
+        padded = not (plan.contiguous and bool(sequence.attention_mask.all()))
+        if padded and not self.reads_padding:
+            self._sweep_groups(reading, sequence, plan, wish)
+        else:
+            self._sweep_rows(reading, sequence, plan, wish)
+        return reading
+
+    def _sweep_rows(self, reading: Reading, sequence: LaidOutBatch, plan: SegmentPlan, wish: _Wish) -> None:
+        """Reads rows together."""
+        if self.way_of_reading == "again":
+            self._sweep_again(reading, sequence, plan, wish)
+            return
         for step, segment in enumerate(plan.segments):
-            wanted = num_logits[step] if num_logits is not None else 0
+            num_logits = wish.num_logits[step] if wish.num_logits is not None else 0
             if segment.slots is None:
-                if num_logits is not None or segment is not plan.segments[-1]:
-                    columns = take_columns(embeds, segment.columns)
-                    self._read_words(reading, columns, segment, wanted, output_hidden_states)
+                if wish.num_logits is not None or segment is not plan.segments[-1]:
+                    columns = take_columns(reading.embeds, segment.columns)
+                    self._read_words(reading, columns, segment, num_logits, wish.hidden_states)
                 continue
             if self.config.keep_request_token:
-                places = segment.columns.gather(1, _last_place(segment.valid))[segment.requesting]
-                asking_rows = segment.requesting.nonzero()
-                embeds = embeds.index_put((asking_rows, places), self.ipn.request_token.to(embeds))
+                self._place_request_token(reading, segment)
                 read_request = self._read_kept_request
+            elif self.way_of_reading == "copy":
+                read_request = self._read_request_aside
             else:
                 read_request = self._read_request
-            columns = take_columns(embeds, segment.columns)
-            requests = read_request(reading, columns, segment, wanted, output_hidden_states)
-            rows = segment.requesting.nonzero().flatten()
-            images = self._images_before(sequence, rows, segment.slots[rows, 0])
-            device = self.ipn.image_token.device
-            tokens, attention = self.ipn(
-                requests[rows].to(device), sequence.features.to(device), images.to(device), return_weights
-            )
-            embeds = embeds.index_put((rows[:, None], segment.slots[rows]), tokens.to(embeds))
-            reading.perceptions.append(
-                {"rows": rows, "requests": requests[rows], "images": images, "tokens": tokens, "attention": attention}
-            )
-        return reading
+            columns = take_columns(reading.embeds, segment.columns)
+            requests = read_request(reading, columns, segment, num_logits, wish.hidden_states)
+            self._answer(reading, sequence, segment, requests, wish)
+
+    def _sweep_again(self, reading: Reading, sequence: LaidOutBatch, plan: SegmentPlan, wish: _Wish) -> None:
+        """Reads everything before a request with it, for each request, and the finished text once; no padding."""
+        read: list[Segment] = []
+        for segment in plan.segments:
+            read.append(segment)
+            if segment.slots is None:
+                continue
+            if self.config.keep_request_token:
+                self._place_request_token(reading, segment)
+            words = take_columns(reading.embeds, torch.cat([part.columns for part in read], dim=1))
+            if not self.config.keep_request_token:
+                words = torch.cat([words, self._in_slot(self.ipn.request_token).to(words).expand(words.shape[0], 1, -1)], dim=1)
+            valid = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
+            hidden, _, _ = self._read(self._nothing_read(words), words, valid, 0)
+            self._answer(reading, sequence, segment, hidden[:, -1], wish)
+        if wish.num_logits is None:
+            return
+        words = take_columns(reading.embeds, torch.cat([part.columns for part in read], dim=1))
+        valid = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
+        widths = [part.columns.shape[1] for part in read]
+        first = next((step for step, wanted in enumerate(wish.num_logits) if wanted), len(widths))
+        keep_cache = not torch.is_grad_enabled()
+        if keep_cache and self._takes_cache:
+            reading.cache = self._empty_cache()
+        _, logits, hidden_states = self._read(
+            reading, words, valid, sum(widths[first:]), wish.hidden_states, keep_cache
+        )
+        reading.logits += [
+            part[:, part.shape[1] - wanted :]
+            for part, wanted in zip(logits.split(widths[first:], dim=1), wish.num_logits[first:], strict=True)
+        ]
+        if hidden_states is not None:
+            reading.hidden_states.append(hidden_states)
+
+    def _sweep_groups(self, reading: Reading, sequence: LaidOutBatch, plan: SegmentPlan, wish: _Wish) -> None:
+        """Reads rows whose segments are of equal lengths together and others apart, so that none sees padding."""
+        lengths = [reading.mask.sum(dim=1), *(segment.valid.sum(dim=1) for segment in plan.segments)]
+        asking = [segment.requesting.long() for segment in plan.segments]
+        shapes = torch.stack([*lengths, *asking], dim=1).tolist()
+        groups = [
+            torch.tensor([row for row, shape in enumerate(shapes) if shape == kind], device=reading.mask.device)
+            for kind in dict.fromkeys(map(tuple, shapes))
+            for kind in [list(kind)]
+        ]
+        parts = [self._sweep_group(rows, reading, sequence, plan, wish) for rows in groups]
+        reading.embeds = torch.cat([part.embeds for part in parts])[torch.cat(groups).argsort()]
+        for rows, part in zip(groups, parts, strict=True):
+            reading.perceptions += [{**found, "rows": rows[found["rows"]]} for found in part.perceptions]
+        if wish.num_logits is None:
+            return
+        reading.cache = None
+        if all(part.cache is not None for part in parts):
+            reading.cache = join_rows([part.cache for part in parts], groups)
+        width = max(part.mask.shape[1] for part in parts)
+        padded = [nn.functional.pad(part.mask, (width - part.mask.shape[1], 0)) for part in parts]
+        reading.mask = torch.cat(padded)[torch.cat(groups).argsort()]
+        for step, segment in enumerate(plan.segments):
+            wanted = wish.num_logits[step]
+            if wanted:
+                laid = _laid_out(segment.valid, groups, [part.logits[step] for part in parts])
+                reading.logits.append(laid[:, laid.shape[1] - wanted :])
+            if wish.hidden_states:
+                layers = zip(*(part.hidden_states[step] for part in parts), strict=True)
+                reading.hidden_states.append(tuple(_laid_out(segment.valid, groups, list(layer)) for layer in layers))
+
+    def _sweep_group(
+        self, rows: torch.Tensor, whole: Reading, sequence: LaidOutBatch, plan: SegmentPlan, wish: _Wish
+    ) -> Reading:
+        """Rows of a batch read as a batch of their own, with logits and hidden states for each segment of the plan."""
+        segments = []
+        for segment in plan.segments:
+            columns = segment.columns[rows][segment.valid[rows]].view(len(rows), -1)
+            asking = segment.requesting[rows]
+            slots = segment.slots[rows] if bool(asking.any()) else None
+            segments.append(Segment(columns, torch.ones_like(columns, dtype=torch.bool), asking, slots))
+        # A segment in which these rows have no part is not read.
+        taken = [step for step, part in enumerate(segments) if part.columns.shape[1] or part.slots is not None]
+        num_logits = None
+        if wish.num_logits is not None:
+            num_logits = [segments[step].columns.shape[1] if wish.num_logits[step] else 0 for step in taken]
+        place = torch.full((len(whole.mask),), -1, device=rows.device)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        embeds = whole.embeds[rows]
+        batch = LaidOutBatch(
+            embeds,
+            sequence.attention_mask[rows],
+            sequence.start,
+            sequence.features,
+            sequence.static_tokens,
+            place[sequence.image_rows],
+            sequence.image_columns,
+        )
+        length = int(whole.mask[rows[0]].sum())
+        cache = whole.cache
+        if cache is not None:
+            cache = select_rows(cache, rows, length) if length else self._empty_cache()
+        mask = torch.ones(len(rows), length, dtype=torch.bool, device=rows.device)
+        part = Reading(cache, mask, embeds, [], [], [])
+        own = _Wish(num_logits, wish.hidden_states, wish.weights)
+        self._sweep_rows(part, batch, SegmentPlan([segments[step] for step in taken], contiguous=True), own)
+        if num_logits is not None:
+            with_logits = [step for step, wanted in zip(taken, num_logits, strict=True) if wanted]
+            part.logits = _by_step(part.logits, with_logits, len(segments))
+            if wish.hidden_states:
+                widths = [segment.columns.shape[1] for segment in segments]
+                layers = zip(*part.hidden_states, strict=True)
+                split = zip(*(torch.cat(layer, dim=1).split(widths, dim=1) for layer in layers), strict=True)
+                part.hidden_states = list(split)
+        return part
+
+    def _answer(
+        self, reading: Reading, sequence: LaidOutBatch, segment: Segment, requests: torch.Tensor, wish: _Wish
+    ) -> None:
+        """Looks requests `[B, d_h]` up in the images before them, and fills their dynamic slots."""
+        rows = segment.requesting.nonzero().flatten()
+        images = self._images_before(sequence, rows, segment.slots[rows, 0])
+        device = self.ipn.image_token.device
+        tokens, attention = self.ipn(
+            requests[rows].to(device), sequence.features.to(device), images.to(device), wish.weights
+        )
+        places = (rows[:, None], segment.slots[rows])
+        reading.embeds = reading.embeds.index_put(places, self._in_slot(tokens).to(reading.embeds))
+        reading.perceptions.append(
+            {
+                "rows": rows,
+                "columns": segment.slots[rows, 0],
+                "requests": requests[rows],
+                "images": images,
+                "tokens": tokens,
+                "attention": attention,
+            }
+        )
+
+    def _place_request_token(self, reading: Reading, segment: Segment) -> None:
+        """Puts the request token into `<img-q>`, the last slot of the segment."""
+        places = segment.columns.gather(1, last_place(segment.valid))[segment.requesting]
+        asking_rows = segment.requesting.nonzero()
+        token = self._in_slot(self.ipn.request_token).to(reading.embeds)
+        reading.embeds = reading.embeds.index_put((asking_rows, places), token)
+
+    # --- one segment -------------------------------------------------------------------------------------------
 
     def _read_words(
         self, reading: Reading, embeds: torch.Tensor, segment: Segment, num_logits: int, output_hidden_states: bool
@@ -177,18 +535,32 @@ class SegmentReadingMixin:
             reading.mask = roll_padding_left(reading.cache, reading.mask)
         return hidden
 
+    def _read_request_aside(
+        self, reading: Reading, embeds: torch.Tensor, segment: Segment, num_logits: int, output_hidden_states: bool
+    ) -> torch.Tensor:
+        """Reads a segment, and the request token behind a copy of the cache. Returns requests `[B, d_h]`."""
+        if embeds.shape[1]:
+            self._read_words(reading, embeds, segment, num_logits, output_hidden_states)
+        aside = self._nothing_read(embeds, map_cache(reading.cache, torch.clone))
+        aside.mask = reading.mask
+        # Twice, of which the second changes nothing: the kernels that recurrent layers read a single token with pass
+        # no gradient on.
+        request = self._in_slot(self.ipn.request_token).to(embeds).expand(embeds.shape[0], 2, -1)
+        hidden, _, _ = self._read(aside, request, segment.requesting[:, None].expand(-1, 2), 0)
+        return hidden[:, 0]
+
     def _read_kept_request(
         self, reading: Reading, embeds: torch.Tensor, segment: Segment, num_logits: int, output_hidden_states: bool
     ) -> torch.Tensor:
         """Reads a segment whose last slot is the request token, which stays. Returns requests `[B, d_h]`."""
         hidden = self._read_words(reading, embeds, segment, num_logits, output_hidden_states)
-        return take_columns(hidden, _last_place(segment.valid))[:, 0]
+        return take_columns(hidden, last_place(segment.valid))[:, 0]
 
     def _read_request(
         self, reading: Reading, embeds: torch.Tensor, segment: Segment, num_logits: int, output_hidden_states: bool
     ) -> torch.Tensor:
         """Reads a segment and the request token behind it, and drops the latter. Returns requests `[B, d_h]`."""
-        request = self.ipn.request_token.to(embeds).expand(embeds.shape[0], 1, -1)
+        request = self._in_slot(self.ipn.request_token).to(embeds).expand(embeds.shape[0], 1, -1)
         asking = segment.requesting[:, None]
         if torch.is_grad_enabled() and not embeds.requires_grad:
             # Read apart, a prefix that nothing trains through leaves no graph behind.
@@ -225,6 +597,29 @@ class SegmentReadingMixin:
             reading.logits.append(logits)
         if hidden_states is not None:
             reading.hidden_states.append(hidden_states)
+
+
+def _alike(states: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether every position's states differ by rounding alone."""
+    apart = (states.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    return bool((apart < torch.finfo(states.dtype).eps ** 0.5).all())
+
+
+def _by_step(values: list, steps: list[int], num_steps: int) -> list:
+    """`values` at their `steps`, `None` elsewhere."""
+    found = dict(zip(steps, values, strict=True))
+    return [found.get(step) for step in range(num_steps)]
+
+
+def _laid_out(valid: torch.Tensor, groups: list[torch.Tensor], parts: list[torch.Tensor | None]) -> torch.Tensor:
+    """States of groups of rows, `[b, w, D]` each, in the valid places of bool `[B, W]`; zeros elsewhere."""
+    known = next(part for part in parts if part is not None)
+    states = known.new_zeros(*valid.shape, known.shape[-1])
+    for rows, part in zip(groups, parts, strict=True):
+        if part is not None:
+            at, columns = valid[rows].nonzero().T
+            states = states.index_put((rows[at], columns), part.flatten(0, 1))
+    return states
 
 
 __all__ = ["SegmentReadingMixin"]

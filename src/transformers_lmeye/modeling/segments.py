@@ -8,11 +8,25 @@ padding lies on the left of every row. Padding inside a row would be wrong for m
 sliding windows) whatever the position ids.
 """
 
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
-from transformers import DynamicCache
+from torch import nn
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 
 @dataclass
@@ -208,6 +222,75 @@ def _padded_right_only(valid: torch.Tensor) -> bool:
     return bool((valid[:, 1:] <= valid[:, :-1]).all())
 
 
+class ReadingCache(DynamicCache):
+    """
+    The cache of models that keep more than keys and values: recurrent and convolution states, index keys.
+
+    Keys are kept whole where the model itself would keep a window, so that any number of columns can be dropped or
+    moved; masks cut the window out. While gradients are recorded an update leaves earlier states as they were.
+
+    Args:
+        config ([`PreTrainedConfig`]): of the language model.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config=config)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, LinearAttentionAndSlidingWindowAttentionLayer):
+                self.layers[index] = LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
+            elif isinstance(layer, DynamicSlidingWindowLayer):
+                self.layers[index] = DynamicLayer()
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs):
+        _renew(self.layers[layer_idx].conv_states, state_idx)
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs):
+        _renew(self.layers[layer_idx].recurrent_states, state_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+
+
+def _renew(states: dict[int, torch.Tensor | None], index: int) -> None:
+    """Puts a copy in the place of a state about to be overwritten, which the backward pass may need."""
+    if torch.is_grad_enabled() and states[index] is not None:
+        states[index] = states[index].clone()
+
+
+def empty_cache(config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache from which single columns can be dropped; recurrent states apart, which must be copied before."""
+    cache = ReadingCache(config)
+    return DynamicCache() if all(type(layer) in (DynamicLayer, DummyLayer) for layer in cache.layers) else cache
+
+
+def is_recurrent(cache: Cache) -> bool:
+    """Whether a cache holds states that columns cannot be dropped from."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+
+
+def counts_columns(cache: Cache) -> bool:
+    """Whether a cache tells how many columns are in it, which recurrent states alone do not."""
+    return not is_recurrent(cache) or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+
+
+def cache_length(cache: Cache | None) -> int:
+    """
+    Columns in a cache.
+
+    Raises:
+        ValueError: it holds recurrent states alone, which do not tell.
+    """
+    if cache is None:
+        return 0
+    if counts_columns(cache):
+        return int(cache.get_seq_length())
+    if any(any(layer.has_previous_state.values()) for layer in cache.layers if hasattr(layer, "has_previous_state")):
+        raise ValueError(
+            "A cache of recurrent states alone does not tell what has been read: leave past_key_values out and pass "
+            "the whole conversation with all of its images."
+        )
+    return 0
+
+
 def roll_padding_left(cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
     """
     Moves every row's padding to the left, in each layer of the cache, and drops columns that are padding in all rows.
@@ -223,23 +306,115 @@ def roll_padding_left(cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
     order = mask.long().argsort(dim=1, stable=True)  # padding first, each part in its old order
     kept = max(1, int(mask.sum(dim=1).max()))
     order = order[:, mask.shape[1] - kept :]
+
+    def rolled(states: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        shape = [1] * states.dim()
+        shape[rows], shape[columns] = order.shape
+        sizes = [-1 if dim in (rows, columns) else size for dim, size in enumerate(states.shape)]
+        return states.gather(columns, order.view(shape).expand(sizes))
+
     for layer in cache.layers:
-        if not layer.is_initialized:
-            continue
-        index = order[:, None, :, None]
-        layer.keys = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
-        layer.values = layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
+        _change_columns(layer, rolled)
     return mask.gather(1, order)
 
 
-def cache_tensors(cache: DynamicCache) -> list[torch.Tensor]:
-    """Keys and values of each layer in turn, for functions that take and return a cache as tensors."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+def _change_columns(layer, function: Callable[[torch.Tensor, int, int], torch.Tensor]) -> None:
+    """Replaces every tensor of a layer that has columns by `function(tensor, dimension of rows, of columns)`."""
+    for name, rows, columns in (
+        ("keys", 0, 2),
+        ("values", 0, 2),
+        ("indexer_keys", 0, 1),
+        ("indexer_position_ids", 1, 2),
+    ):
+        states = getattr(layer, name, None)
+        if states is not None and states.dim() > columns:  # an untouched layer holds `None` or nothing
+            setattr(layer, name, function(states, rows, columns))
 
 
-def cache_from_tensors(tensors: tuple[torch.Tensor, ...]) -> DynamicCache:
-    """The inverse of [`cache_tensors`]."""
-    return DynamicCache(list(zip(tensors[::2], tensors[1::2], strict=True))) if tensors else DynamicCache()
+def map_cache(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A cache of its own with `function` of every tensor in it; everything but tensors is taken as it is."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: map_cache(part, function) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_cache(part, function) for part in value)
+    if isinstance(value, (Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin)):
+        twin = copy.copy(value)
+        vars(twin).update({name: map_cache(part, function) for name, part in vars(value).items()})
+        return twin
+    return value
 
 
-__all__ = ["Segment", "SegmentPlan", "group_slots", "plan_segments", "roll_padding_left"]
+def cache_tensors(cache: Cache | None) -> list[torch.Tensor]:
+    """Every tensor of a cache, for functions that take and return a cache as tensors."""
+    tensors: list[torch.Tensor] = []
+    map_cache(cache, lambda tensor: tensors.append(tensor) or tensor)
+    return tensors
+
+
+def cache_from_tensors(cache: Cache | None, tensors: Iterable[torch.Tensor]) -> Cache | None:
+    """A cache like `cache`, with these tensors in the order of [`cache_tensors`]."""
+    tensors = iter(tensors)
+    return map_cache(cache, lambda tensor: next(tensors))
+
+
+def select_rows(cache: Cache, rows: torch.Tensor, length: int) -> Cache:
+    """A cache of these rows alone, without the padding on their left: `length` columns."""
+    chosen = map_cache(cache, lambda tensor: tensor)
+    chosen.reorder_cache(rows)
+    for layer in chosen.layers:
+        if getattr(layer, "cumulative_length", 0):
+            layer.cumulative_length = length
+        _change_columns(layer, lambda states, _, columns: states[(slice(None),) * columns + (slice(-length, None),)])
+    return chosen
+
+
+def join_rows(caches: list[Cache], rows: list[torch.Tensor]) -> Cache:
+    """
+    One cache of groups of rows that were read apart: columns are padded on the left, states are stacked.
+
+    Args:
+        caches: of the groups; all of one model.
+        rows (list of int `[b]`): the places their rows take.
+    """
+    widths: dict[int, int] = {}
+
+    def measure(states: torch.Tensor, _: int, columns: int) -> torch.Tensor:
+        widths[index] = max(widths.get(index, 0), states.shape[columns])
+        return states
+
+    def pad(states: torch.Tensor, _: int, columns: int) -> torch.Tensor:
+        missing = widths[index] - states.shape[columns]
+        return nn.functional.pad(states, (0, 0) * (states.dim() - 1 - columns) + (missing, 0))
+
+    caches = [map_cache(cache, lambda tensor: tensor) for cache in caches]
+    for change in (measure, pad):
+        for cache in caches:
+            for index, layer in enumerate(cache.layers):  # noqa: B007
+                _change_columns(layer, change)
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        for layer in layers:
+            if getattr(layer, "cumulative_length", 0):
+                layer.cumulative_length = max(other.cumulative_length for other in layers)
+    order = torch.cat(rows).argsort()
+    positions = [[getattr(layer, "indexer_position_ids", None) for layer in cache.layers] for cache in caches]
+    joined = []
+    for parts in zip(*map(cache_tensors, caches), strict=True):
+        # All but one kind have their rows first; scalars have none.
+        dim = int(any(parts[0] is layer for layer in positions[0]))
+        whole = torch.cat(parts, dim).index_select(dim, order.to(parts[0].device)) if parts[0].dim() else parts[0]
+        joined.append(whole)
+    return cache_from_tensors(caches[0], joined)
+
+
+def repeat_rows(cache: Cache, repeats: int) -> None:
+    """Each row of a cache `repeats` times, in place."""
+    if is_recurrent(cache):
+        num_rows = next(tensor.shape[0] for tensor in cache_tensors(cache) if tensor.dim() > 1)
+        cache.reorder_cache(torch.arange(num_rows).repeat_interleave(repeats))
+    else:
+        cache.batch_repeat_interleave(repeats)
+
+
+__all__ = ["ReadingCache", "Segment", "SegmentPlan", "group_slots", "plan_segments", "roll_padding_left"]

@@ -1,4 +1,4 @@
-"""Chat templates that write slots: one `<img>` per image, one `<img-d>` per user turn that can see an image."""
+"""Chat templates that write slots: one `<img>` per image, one request per user turn that can see an image."""
 
 # The released prompts: what `Image as evidence` shows, a question, and the request behind the question.
 RELEASED_FORMAT = r"""
@@ -15,6 +15,27 @@ RELEASED_FORMAT = r"""
     {{- 'Question: ' ~ text ~ (REQUEST if state.images else '') ~ '\nAnswer:' -}}
   {%- elif message['role'] == 'assistant' -%}
     {{- ' ' -}}{%- generation -%}{{- text ~ (eos_token or '') -}}{%- endgeneration -%}
+  {%- else -%}
+    {{- text ~ '\n' -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+# The released dialogue of requests with a slot of their own (LMEye v0.1, an encoder-decoder).
+DIALOGUE_FORMAT = r"""
+{%- set state = namespace(images=0) -%}
+{%- for message in messages -%}
+  {%- set content = message['content'] -%}
+  {%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
+  {%- set images = parts | selectattr('type', 'equalto', 'image') | list | length -%}
+  {%- set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(' ') -%}
+  {%- set state.images = state.images + images -%}
+  {%- if message['role'] == 'user' -%}
+    {{- '' if loop.first else '\n' -}}
+    {{- 'Human: ' -}}{%- if images -%}{{- (['<img>'] * images) | join(' ') ~ '\n' -}}{%- endif -%}
+    {{- text ~ ('\n' ~ REQUEST if state.images else '') ~ '\nAssistant:' -}}
+  {%- elif message['role'] == 'assistant' -%}
+    {{- ' ' -}}{%- generation -%}{{- text ~ END_OF_ANSWER -}}{%- endgeneration -%}
   {%- else -%}
     {{- text ~ '\n' -}}
   {%- endif -%}
@@ -46,18 +67,29 @@ CONTENT_PARTS = r"""
 """
 
 
-def build_chat_template(language_model_template: str | None, has_requests: bool) -> str:
+def build_chat_template(
+    language_model_template: str | None,
+    has_requests: bool,
+    keep_request_token: bool = False,
+    is_encoder_decoder: bool = False,
+) -> str:
     """
     A Jinja template over messages with image and text parts.
 
     Args:
         language_model_template (`str`, *optional*): the language model's own template, used for the words; without one
             the released prompt format is.
-        has_requests (`bool`): whether questions about images carry a request, `<img-d>`.
+        has_requests (`bool`): whether questions about images carry a request.
+        keep_request_token (`bool`): whether a request has a slot of its own: `<img-q> <img-d>`, else `<img-d>`.
+        is_encoder_decoder (`bool`): whether earlier answers are read by an encoder, which knows one end of text alone.
     """
-    request = "' <img-d>'" if has_requests else "''"
+    request = "''"
+    if has_requests:
+        request = "' <img-q> <img-d>'" if keep_request_token else "' <img-d>'"
     if language_model_template is None:
-        return RELEASED_FORMAT.strip().replace("REQUEST", request)
+        released = DIALOGUE_FORMAT if keep_request_token or is_encoder_decoder else RELEASED_FORMAT
+        end = "''" if is_encoder_decoder else "(eos_token or '')"
+        return released.strip().replace("REQUEST", request).replace("END_OF_ANSWER", end)
     return CONTENT_PARTS.strip().replace("REQUEST", request) + language_model_template
 
 

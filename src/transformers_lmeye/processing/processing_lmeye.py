@@ -12,6 +12,7 @@ from transformers.image_utils import ImageInput, is_valid_image, load_image
 from transformers.utils import is_torchvision_available
 
 from .chat_templates import build_chat_template
+from .open_clip_image_processing import is_open_clip, open_clip_image_processor
 
 
 IMAGE_TOKEN, REQUEST_TOKEN, DYNAMIC_TOKEN = "<img>", "<img-q>", "<img-d>"
@@ -59,9 +60,10 @@ class LMEyeProcessor(ProcessorMixin):
     An image processor and a tokenizer that knows the slots.
 
     Texts without slots that come with images are questions: they are put into the chat template (the language model's
-    own, or the released format `Image as evidence: <img>\n Question: {question} <img-d>\nAnswer:`). In texts that have
-    slots, these are respected: `<img>` once per image, `<img-d>` once per request, both multiplied to the number of
-    tokens the model uses, with one space between them. Rows without an image are words and nothing else.
+    own, or the released format `Image as evidence: <img>\n Question: {question} <img-d>\nAnswer:`, with
+    `keep_request_token` `Human: <img>\n{question}\n <img-q> <img-d>\nAssistant:`). In texts that have slots, these are
+    respected: `<img>` once per image, `<img-d>` (or `<img-q>`, or both) once per request, all multiplied to the number
+    of tokens the model uses, with one space between them. Rows without an image are words and nothing else.
 
     Args:
         image_processor: the vision tower's.
@@ -69,6 +71,10 @@ class LMEyeProcessor(ProcessorMixin):
         chat_template (`str`): over messages with image and text parts.
         num_static_tokens (`int`): `<img>` slots per image.
         num_dynamic_tokens (`int`): `<img-d>` slots per request; 0 for a model without interaction.
+        num_request_rounds (`int`): requests each question asks one after another.
+        keep_request_token (`bool`): whether a request has a slot of its own, `<img-q>`.
+        is_encoder_decoder (`bool`): whether the texts are an encoder's: rows with images then get the tokenizer's
+            special tokens.
         add_bos (`bool`): whether rows with images start with the tokenizer's bos (the released models do without).
     """
 
@@ -81,10 +87,16 @@ class LMEyeProcessor(ProcessorMixin):
         chat_template: str | None = None,
         num_static_tokens: int = 1,
         num_dynamic_tokens: int = 5,
+        num_request_rounds: int = 1,
+        keep_request_token: bool = False,
+        is_encoder_decoder: bool = False,
         add_bos: bool = False,
     ):
         self.num_static_tokens = num_static_tokens
         self.num_dynamic_tokens = num_dynamic_tokens
+        self.num_request_rounds = num_request_rounds
+        self.keep_request_token = keep_request_token
+        self.is_encoder_decoder = is_encoder_decoder
         self.add_bos = add_bos
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token, self.dynamic_token = IMAGE_TOKEN, DYNAMIC_TOKEN
@@ -98,16 +110,31 @@ class LMEyeProcessor(ProcessorMixin):
             )
         self._words_tokenizer = None
 
+    @property
+    def words_tokenizer(self):
+        """The tokenizer of rows without images, to which slots' names are words."""
+        if self._words_tokenizer is None:
+            self._words_tokenizer = without_slot_tokens(self.tokenizer)
+        return self._words_tokenizer
+
+    @property
+    def slot_token_ids(self) -> tuple[int, int, int]:
+        """Ids of `<img>`, `<img-q>` and `<img-d>`."""
+        return self.image_token_id, self.request_token_id, self.dynamic_token_id
+
     @classmethod
     def from_vision_language_pretrained(
         cls,
         vision_model_name_or_path: str,
         language_model_name_or_path: str,
         interaction: str = "clip_text",
-        num_static_tokens: int = 1,
+        visual_mapping: str = "linear",
+        num_static_tokens: int | None = None,
         num_dynamic_tokens: int = 5,
+        num_request_rounds: int = 1,
+        keep_request_token: bool | None = None,
         add_bos: bool = False,
-        padding_side: str = "left",
+        padding_side: str | None = None,
         trust_remote_code: bool | None = None,
         vision_revision: str | None = None,
         language_revision: str | None = None,
@@ -117,11 +144,14 @@ class LMEyeProcessor(ProcessorMixin):
         The processor of a new model; its arguments are those of the model's own factory.
 
         Args:
-            vision_model_name_or_path, language_model_name_or_path (`str`): hub ids or folders.
+            vision_model_name_or_path, language_model_name_or_path (`str`): hub ids or folders, or what open_clip's
+                models are named by.
             interaction (`str`): `"none"` leaves requests out.
-            num_static_tokens, num_dynamic_tokens (`int`): as in [`LMEyeConfig`].
+            visual_mapping, num_static_tokens, num_dynamic_tokens, num_request_rounds, keep_request_token: as in
+                [`LMEyeConfig`].
             add_bos (`bool`): whether rows with images start with the tokenizer's bos.
-            padding_side (`str`): `"left"` for generation; the training collator pads on the right.
+            padding_side (`str`, *optional*): by default `"left"`, for generation, and `"right"` for encoder-decoders;
+                the training collators pad on the right.
             trust_remote_code, vision_revision, language_revision, hub_kwargs: for the hub.
         """
         if not is_torchvision_available():
@@ -129,26 +159,55 @@ class LMEyeProcessor(ProcessorMixin):
                 "Without torchvision pictures would be resized by another library, and pixel values move by 0.015: "
                 "install torchvision."
             )
-        image_processor = AutoImageProcessor.from_pretrained(
-            vision_model_name_or_path, **hub_kwargs, **({"revision": vision_revision} if vision_revision else {})
-        )
+        vision = dict(hub_kwargs, **({"revision": vision_revision} if vision_revision else {}))
         language = dict(hub_kwargs, trust_remote_code=trust_remote_code)
         if language_revision:
             language["revision"] = language_revision
-        tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, padding_side=padding_side, **language)
+        if is_open_clip(vision_model_name_or_path):
+            image_processor = open_clip_image_processor(vision_model_name_or_path, **vision)
+        else:
+            image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, **vision)
         config = AutoConfig.from_pretrained(language_model_name_or_path, **language)
+        # A BLIP-2 checkpoint holds its language model as a part.
+        is_encoder_decoder = bool(getattr(config, "text_config", config).is_encoder_decoder)
+        if padding_side is None:
+            padding_side = "right" if is_encoder_decoder else "left"
+        tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, padding_side=padding_side, **language)
         add_slot_tokens(tokenizer, max(len(tokenizer), config.get_text_config().vocab_size))
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if num_static_tokens is None:
+            num_static_tokens = 1
+            if visual_mapping == "qformer":
+                num_static_tokens = AutoConfig.from_pretrained(vision_model_name_or_path, **vision).num_query_tokens
+        if keep_request_token is None:
+            keep_request_token = is_encoder_decoder
         has_requests = interaction != "none"
         return cls(
             image_processor,
             tokenizer,
-            chat_template=build_chat_template(tokenizer.chat_template, has_requests),
+            chat_template=build_chat_template(
+                tokenizer.chat_template, has_requests, keep_request_token, is_encoder_decoder
+            ),
             num_static_tokens=num_static_tokens,
             num_dynamic_tokens=num_dynamic_tokens if has_requests else 0,
+            num_request_rounds=num_request_rounds,
+            keep_request_token=keep_request_token,
+            is_encoder_decoder=is_encoder_decoder,
             add_bos=add_bos,
         )
+
+    @classmethod
+    def from_blip2_pretrained(cls, blip2_model_name_or_path: str, **kwargs: Any) -> "LMEyeProcessor":
+        """
+        The processor of a model that [`LMEyeForConditionalGeneration.from_blip2_pretrained`] builds.
+
+        Args:
+            blip2_model_name_or_path (`str`): hub id or folder of a BLIP-2 checkpoint.
+            kwargs: as in `from_vision_language_pretrained`.
+        """
+        options = {"visual_mapping": "qformer", "keep_request_token": True, **kwargs}
+        return cls.from_vision_language_pretrained(blip2_model_name_or_path, blip2_model_name_or_path, **options)
 
     def __call__(
         self,
@@ -170,14 +229,15 @@ class LMEyeProcessor(ProcessorMixin):
             text (`str` or list): questions, or texts with slots.
             padding, max_length, padding_side, pad_to_multiple_of: as for tokenizers; a batch is padded to its longest.
             truncation (`bool`): whether to cut texts to `max_length`. A slot is never cut.
-            add_special_tokens (`bool`, *optional*): default: bos alone if `add_bos` in rows with images; in rows of
-                words alone what the tokenizer does.
+            add_special_tokens (`bool`, *optional*): default: bos alone if `add_bos` in rows with images of a causal
+                model; else what the tokenizer does.
             return_tensors (`str`, *optional*): `"pt"` or `"np"`.
             kwargs: for the image processor.
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` `[batch, seq]`, `pixel_values`
-            `[num_images, channels, height, width]` in the order of the `<img>` slots.
+            `[num_images, channels, height, width]` in the order of the `<img>` slots, and whatever else the vision
+            tower takes.
 
         Raises:
             ValueError: images and `<img>` slots of a sample differ in number; dynamic slots are no multiple of
@@ -198,14 +258,12 @@ class LMEyeProcessor(ProcessorMixin):
         flat = [image for row_images in batch_images for image in row_images]
         if flat:
             kwargs = {name: value for name, value in kwargs.items() if value is not None and name not in _TEXT_KWARGS}
-            data["pixel_values"] = self.image_processor(flat, return_tensors=return_tensors or "pt", **kwargs)[
-                "pixel_values"
-            ]
+            data.update(self.image_processor(flat, return_tensors=return_tensors or "pt", **kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
 
     # --- images ------------------------------------------------------------------------------------------------
 
@@ -269,26 +327,23 @@ class LMEyeProcessor(ProcessorMixin):
     ) -> list[int]:
         """Ids of one sample."""
         if not num_images:
-            if self._words_tokenizer is None:
-                self._words_tokenizer = without_slot_tokens(self.tokenizer)
             special = True if add_special_tokens is None else add_special_tokens
             limits = {"truncation": True, "max_length": max_length} if truncation and max_length else {}
-            ids = self._words_tokenizer(text, add_special_tokens=special, **limits)["input_ids"]
-            self._words_tokenizer.backend_tokenizer.no_truncation()
+            ids = self.words_tokenizer(text, add_special_tokens=special, **limits)["input_ids"]
+            self.words_tokenizer.backend_tokenizer.no_truncation()
             return list(ids)
         if not any(token in text for token in SLOT_TOKENS):
             content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
             text = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         text = self._multiply_slots(index, text, num_images)
-        special = bool(add_special_tokens)
+        special = self.is_encoder_decoder if add_special_tokens is None else add_special_tokens
         ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         if self.add_bos and not special and ids[:1] != [self.tokenizer.bos_token_id]:
             ids.insert(0, self.tokenizer.bos_token_id)
         if truncation and max_length is not None and len(ids) > max_length:
             left = self.tokenizer.truncation_side == "left"
             kept, cut = (ids[-max_length:], ids[:-max_length]) if left else (ids[:max_length], ids[max_length:])
-            slots = {self.image_token_id, self.request_token_id, self.dynamic_token_id}
-            if slots & set(cut):
+            if set(self.slot_token_ids) & set(cut):
                 raise ValueError(
                     f"Sample {index} is {len(ids)} tokens long, and truncation to max_length={max_length} would cut a "
                     "slot: raise max_length, or shorten its text."
@@ -299,33 +354,55 @@ class LMEyeProcessor(ProcessorMixin):
     def _multiply_slots(self, index: int, text: str, num_images: int) -> str:
         """Writes each slot as often as the model has tokens for it, and checks the numbers."""
         written = text.count(IMAGE_TOKEN)
-        if written == num_images and self.num_static_tokens > 1:
-            text = text.replace(IMAGE_TOKEN, " ".join([IMAGE_TOKEN] * self.num_static_tokens))
-        elif written != num_images * self.num_static_tokens:
+        if written not in (num_images, num_images * self.num_static_tokens):
             raise ValueError(
                 f"Image features and image tokens do not match: sample {index} has {num_images} images and {written} "
                 f"`{IMAGE_TOKEN}` slots. Write `{IMAGE_TOKEN}` once per image, or leave the slots to the processor."
             )
-        if DYNAMIC_TOKEN not in text:
-            return text
+        try:
+            return self.multiply_slots(text, once=written == num_images)
+        except ValueError as error:
+            raise ValueError(f"Sample {index} has {error}") from error
+
+    def multiply_slots(self, text: str, once: bool = True) -> str:
+        """
+        Writes each slot of a text as often as the model has tokens for it, with one space between.
+
+        Args:
+            text (`str`): with `<img>` once per image, and `<img-d>`, `<img-q>` or `<img-q> <img-d>` once per request.
+                Requests that are written in full stay as they are.
+            once (`bool`): `False` if `<img>` is written in full already.
+
+        Raises:
+            ValueError: requests are neither written once nor in full, or the model has none.
+        """
+        if once:
+            text = text.replace(IMAGE_TOKEN, " ".join([IMAGE_TOKEN] * self.num_static_tokens))
+        return _REQUEST.sub(self._multiply_request, text)
+
+    def _multiply_request(self, found: re.Match) -> str:
         if not self.num_dynamic_tokens:
             raise ValueError(
-                f'Sample {index} has a `{DYNAMIC_TOKEN}` slot, and a model with interaction="none" has no requests: '
-                "leave it out."
+                f'a `{DYNAMIC_TOKEN}` slot, and a model with interaction="none" has no requests: leave it out.'
             )
-
-        def multiply(group: re.Match) -> str:
-            count = group.group().count(DYNAMIC_TOKEN)
-            if count == 1:
-                return " ".join([DYNAMIC_TOKEN] * self.num_dynamic_tokens)
-            if count % self.num_dynamic_tokens:
-                raise ValueError(
-                    f"Sample {index} has a run of {count} `{DYNAMIC_TOKEN}` slots, which is no multiple of "
-                    f"num_dynamic_tokens={self.num_dynamic_tokens}: write `{DYNAMIC_TOKEN}` once per request."
-                )
-            return group.group()
-
-        return re.sub(rf"{DYNAMIC_TOKEN}(?:\s*{DYNAMIC_TOKEN})*", multiply, text)
+        slots = _SLOT.findall(found.group())
+        asking = [REQUEST_TOKEN] if self.keep_request_token else []
+        one = asking + [DYNAMIC_TOKEN] * self.num_dynamic_tokens
+        if not self.keep_request_token and REQUEST_TOKEN in slots:
+            raise ValueError(
+                f"an `{REQUEST_TOKEN}` slot, which is for models with keep_request_token=True: write "
+                f"`{DYNAMIC_TOKEN}` once per request."
+            )
+        if slots in ([DYNAMIC_TOKEN], asking, [*asking, DYNAMIC_TOKEN]):
+            return " ".join(one * self.num_request_rounds)
+        count, rest = divmod(len(slots), len(one))
+        if rest or slots != one * count:
+            raise ValueError(
+                f"a run of {slots.count(DYNAMIC_TOKEN)} `{DYNAMIC_TOKEN}` slots that is no multiple of "
+                f"`{' '.join(one)}` (num_dynamic_tokens={self.num_dynamic_tokens}): write "
+                f"`{' '.join([*asking, DYNAMIC_TOKEN])}` once per request."
+            )
+        return found.group()
 
     def _pad(
         self,
@@ -352,6 +429,9 @@ class LMEyeProcessor(ProcessorMixin):
             attention_mask.append([0] * fill + ones if left else ones + [0] * fill)
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
+
+_SLOT = re.compile(f"{REQUEST_TOKEN}|{DYNAMIC_TOKEN}")
+_REQUEST = re.compile(rf"(?:{_SLOT.pattern})(?:\s*(?:{_SLOT.pattern}))*")
 
 # Arguments the library hands to every processor; they concern other modalities or the tokenizer.
 _TEXT_KWARGS = ("videos", "audio", "return_token_type_ids", "return_mm_token_type_ids", "return_offsets_mapping")

@@ -29,13 +29,16 @@ class ModelArguments:
     interaction: Literal["clip_text", "cross_attention", "none"] = field(
         default="clip_text", metadata={"help": "How a new model answers requests (LMEyeConfig.interaction)."}
     )
-    visual_mapping: Literal["linear", "resampler"] = field(
+    visual_mapping: Literal["linear", "qformer", "resampler"] = field(
         default="linear", metadata={"help": "Static mapping of a new model (LMEyeConfig.visual_mapping)."}
     )
-    num_static_tokens: int = field(default=1, metadata={"help": "<img> slots per image of a new model."})
+    num_static_tokens: int | None = field(
+        default=None, metadata={"help": "<img> slots per image of a new model; by default 1, and 32 with a Q-Former."}
+    )
     num_dynamic_tokens: int = field(
         default=5, metadata={"help": "<img-d> slots per request of a new model (the paper: 5, with OPT-IML 1)."}
     )
+    num_request_rounds: int = field(default=1, metadata={"help": "Requests a question asks one after another."})
     config_overrides: str | None = field(
         default=None,
         metadata={
@@ -61,6 +64,7 @@ class ModelArguments:
             "visual_mapping": self.visual_mapping,
             "num_static_tokens": self.num_static_tokens,
             "num_dynamic_tokens": self.num_dynamic_tokens,
+            "num_request_rounds": self.num_request_rounds,
             **overrides,
         }
 

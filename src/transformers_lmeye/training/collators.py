@@ -1,14 +1,14 @@
 """Samples to batches with labels: what is a target in either stage."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from ..processing.processing_lmeye import SLOT_TOKENS, LMEyeProcessor, without_slot_tokens
+from ..processing.processing_lmeye import SLOT_TOKENS, LMEyeProcessor
 
 
 IGNORED = -100
@@ -18,6 +18,8 @@ IGNORED = -100
 @dataclass
 class PairCollator:
     """Batches of stage 1: `<img>` at column 0, the caption, and the end of text; the last two are targets.
+
+    For an encoder-decoder, `<img>` is what the encoder reads, and the caption the decoder's labels.
 
     The caption is tokenized as words throughout: `<img>` or `</s>` written in it are no slot and no end. A caption
     that is cut at `max_length` has no end of text, so that nothing teaches to stop there.
@@ -49,6 +51,8 @@ class PairCollator:
         inputs = self.processor(images=sample["image"], text=self.processor.image_token, return_tensors="pt")
         slots = inputs["input_ids"][0].tolist()
         caption = sample["caption"].strip()
+        if self.processor.is_encoder_decoder:
+            return _encoder_decoder_row(self.processor, f"Sample {sample['id']}", inputs, caption, self.max_length)
         targets = tokenizer(caption, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if not targets:
             raise ValueError(f"Sample {sample['id']} has no target token: its caption is empty. Leave the row out.")
@@ -64,7 +68,7 @@ class PairCollator:
         return {
             "input_ids": torch.tensor(slots + targets),
             "labels": torch.tensor([IGNORED] * len(slots) + targets),
-            "pixel_values": inputs["pixel_values"],
+            **_vision_inputs(inputs),
         }
 
 
@@ -75,6 +79,9 @@ class ConversationCollator:
     An answer's targets are what the model would have to generate for it: all that stands between the template's prompt
     for an answer and the end of the turn, the end-of-turn token included. Where the template has no such token, the
     conversation ends with the tokenizer's eos. The tokens are those `processor.apply_chat_template` gives.
+
+    For an encoder-decoder each answer is a row of its own: the encoder reads what stands before it, its labels are the
+    answer's tokens.
 
     Args:
         processor: the model's.
@@ -100,7 +107,10 @@ class ConversationCollator:
         rows = []
         for sample in samples:
             try:
-                rows.append(self._encode(sample["messages"]))
+                if self.processor.is_encoder_decoder:
+                    rows += self._encode_answers(sample["messages"])
+                else:
+                    rows.append(self._encode(sample["messages"]))
             except ValueError as error:
                 raise ValueError(f"Sample {sample['id']}: {error}") from error
         return pad_right(rows, self.processor.tokenizer.pad_token_id)
@@ -110,7 +120,7 @@ class ConversationCollator:
         text, spans, open_end = self._render(messages)
         if images:
             text, spans = self._multiply_slots(text, spans)
-        tokenizer = self.processor.tokenizer if images else self._tokenizer_of_words
+        tokenizer = self.processor.tokenizer if images else self.processor.words_tokenizer
         bos = tokenizer.bos_token
         special = not images and not (bos is not None and text.startswith(bos))
         inputs = self.processor(images=images or None, text=text, add_special_tokens=special, return_tensors="pt")
@@ -124,7 +134,7 @@ class ConversationCollator:
             ids.append(tokenizer.eos_token_id)
             is_target.append(True)
         if self.max_length is not None and len(ids) > self.max_length:
-            slots = {self.processor.image_token_id, self.processor.dynamic_token_id}
+            slots = set(self.processor.slot_token_ids)
             if images and not slots.isdisjoint(ids[self.max_length :]):
                 raise ValueError(
                     f"it is {len(ids)} tokens long, and cutting it at max_length={self.max_length} would cut a slot. "
@@ -137,13 +147,24 @@ class ConversationCollator:
                 reason = f"max_length={self.max_length} cuts its answers off. Raise max_length."
             raise ValueError(f"it has no target token: {reason}")
         labels = [token if target else IGNORED for token, target in zip(ids, is_target, strict=True)]
-        row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        return {**row, "pixel_values": inputs["pixel_values"]} if images else row
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), **_vision_inputs(inputs)}
 
-    @cached_property
-    def _tokenizer_of_words(self):
-        """The tokenizer the processor uses for rows without images."""
-        return without_slot_tokens(self.processor.tokenizer)
+    def _encode_answers(self, messages: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+        """A row for each answer of a conversation, for an encoder-decoder."""
+        messages = [_with_plain_answer(message) for message in messages]
+        rows = []
+        for turn, message in enumerate(messages):
+            answer = message["content"][0]["text"] if message["role"] == "assistant" else ""
+            if not answer:
+                continue
+            before = messages[:turn]
+            images = [part["image"] for earlier in before for part in earlier["content"] if part["type"] == "image"]
+            prompt = self.processor.apply_chat_template(before, add_generation_prompt=True)
+            inputs = self.processor(images=images or None, text=prompt, return_tensors="pt")
+            rows.append(_encoder_decoder_row(self.processor, f"its turn {turn}", inputs, answer, self.max_length))
+        if not rows:
+            raise ValueError("it has no target token: none of its assistant turns says anything. Leave the row out.")
+        return rows
 
     @cached_property
     def _end_of_turn(self) -> re.Pattern:
@@ -186,21 +207,35 @@ class ConversationCollator:
 
     def _multiply_slots(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
         """The text with each slot of its prompts written as often as the model has tokens for it, and its spans."""
-        processor = self.processor
-        counts = {
-            processor.image_token: processor.num_static_tokens,
-            processor.dynamic_token: processor.num_dynamic_tokens,
-        }
         multiplied, moved, position = "", [], 0
         for start, end in [*spans, (len(text), len(text))]:
-            prompt = text[position:start]
-            for token, count in counts.items():
-                prompt = prompt.replace(token, " ".join([token] * count))
-            multiplied += prompt
+            multiplied += self.processor.multiply_slots(text[position:start])
             moved.append((len(multiplied), len(multiplied) + end - start))
             multiplied += text[start:end]
             position = end
         return multiplied, moved[:-1]
+
+
+def _encoder_decoder_row(
+    processor: LMEyeProcessor, name: str, inputs: Mapping[str, torch.Tensor], answer: str, max_length: int | None
+) -> dict[str, torch.Tensor]:
+    """One row of an encoder-decoder: what `inputs` says, and the answer's tokens as labels, cut at `max_length`."""
+    ids = inputs["input_ids"][0]
+    if max_length is not None and len(ids) > max_length:
+        raise ValueError(
+            f"{name} is {len(ids)} tokens long before its answer, longer than max_length={max_length}: raise "
+            "max_length, or shorten it."
+        )
+    # As words throughout: a slot's name or an end of text written in an answer is neither.
+    targets = processor.words_tokenizer(text_target=answer, split_special_tokens=True)["input_ids"]
+    if not answer or not targets:
+        raise ValueError(f"{name} has no target token: its caption is empty. Leave the row out.")
+    return {"input_ids": ids, "labels": torch.tensor(targets[:max_length]), **_vision_inputs(inputs)}
+
+
+def _vision_inputs(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a processor's output is for the vision tower."""
+    return {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
 
 
 def _with_plain_answer(message: dict[str, Any]) -> dict[str, Any]:
@@ -216,27 +251,32 @@ def _overlap(offsets: tuple[int, int], span: tuple[int, int]) -> bool:
 
 
 def pad_right(rows: Sequence[dict[str, torch.Tensor]], pad_token_id: int | None) -> dict[str, torch.Tensor]:
-    """Rows of `input_ids` and `labels` `[seq]`, with or without `pixel_values` `[images, 3, H, W]`, as one batch.
+    """
+    Rows as one batch.
+
+    Args:
+        rows: `input_ids` and `labels` `[seq]` each (of two lengths where labels are a decoder's), with or without
+            `pixel_values` `[images, 3, H, W]` and what else the vision tower takes.
+        pad_token_id: fills `input_ids`.
 
     Returns:
-        input_ids, attention_mask, labels `[batch, longest seq]`; pixel_values `[images of all rows, 3, H, W]` where
-        any row has them.
+        input_ids, attention_mask, labels `[batch, longest seq]`; pixel_values `[images of all rows, 3, H, W]` and the
+        like where any row has them.
     """
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    longest = int(lengths.max())
 
     def padded(name: str, value: int) -> torch.Tensor:
+        longest = max(len(row[name]) for row in rows)
         fill = [torch.nn.functional.pad(row[name], (0, longest - len(row[name])), value=value) for row in rows]
         return torch.stack(fill)
 
     batch = {
         "input_ids": padded("input_ids", pad_token_id or 0),  # any id will do where nothing attends
-        "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+        "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
         "labels": padded("labels", IGNORED),
     }
-    pixel_values = [row["pixel_values"] for row in rows if row.get("pixel_values") is not None]
-    if pixel_values:
-        batch["pixel_values"] = torch.cat(pixel_values)
+    for name in dict.fromkeys(name for row in rows for name in row if name not in ("input_ids", "labels")):
+        batch[name] = torch.cat([row[name] for row in rows if name in row])
     return batch
 
 

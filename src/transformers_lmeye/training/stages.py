@@ -37,6 +37,8 @@ def load_model(arguments: ModelArguments, seed: int = 42) -> tuple[LMEyeForCondi
         *backbones,
         num_static_tokens=model.config.num_static_tokens,
         num_dynamic_tokens=model.config.num_dynamic_tokens,
+        num_request_rounds=model.config.num_request_rounds,
+        keep_request_token=model.config.keep_request_token,
         interaction=model.config.interaction,
         add_bos=arguments.add_bos,
     )
