@@ -57,7 +57,8 @@ def language_model_widths(language_model: PreTrainedModel) -> tuple[int, int]:
     embeddings, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
     input_width = getattr(embeddings, "embedding_dim", None) or embeddings.weight.shape[-1]
     if language_model.config.is_encoder_decoder:
-        return input_width, language_model.get_encoder().config.hidden_size
+        encoder_config = getattr(language_model.get_encoder(), "config", language_model.config)
+        return input_width, encoder_config.get_text_config().hidden_size
     if head is None:
         return input_width, language_model.config.get_text_config().hidden_size
     return input_width, getattr(head, "in_features", None) or head.weight.shape[-1]

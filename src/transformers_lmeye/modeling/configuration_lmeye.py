@@ -1,5 +1,6 @@
 """Configuration of LMEye (arXiv 2305.03701)."""
 
+import copy
 import math
 from typing import Any, Literal
 
@@ -123,6 +124,10 @@ class LMEyeConfig(PreTrainedConfig):
             self.clip_text_config = {}
         if self.qformer_config is None and "qformer" in (self.visual_mapping, self.fine_grained_source):
             self.qformer_config = {}
+        # The library sets the attention implementation of every part anew, which a loaded model must not notice.
+        for name in self.sub_configs_defaults:
+            if isinstance(part := getattr(self, name), PreTrainedConfig):
+                setattr(self, name, copy.deepcopy(part))
         super().__post_init__(**kwargs)
         language = self.text_config.get_text_config()
         self.is_encoder_decoder = bool(self.text_config.is_encoder_decoder)

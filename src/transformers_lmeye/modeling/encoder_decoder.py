@@ -33,6 +33,14 @@ class LMEyeSeq2SeqLMOutput(Seq2SeqLMOutput):
 
 
 @dataclass
+class EncoderOutput(BaseModelOutput):
+    """What decoders look for in their encoder's output; those of mixtures of experts want its routers' as well."""
+
+    router_logits: torch.Tensor | None = None
+    router_probs: torch.Tensor | None = None
+
+
+@dataclass
 class Encoding:
     """A batch the encoder has read, dynamic tokens inside; columns are those of `input_ids`."""
 
@@ -58,7 +66,7 @@ class EncoderDecoderMixin:
         back = order.argsort(dim=1)
         outputs = self._call_encoder(take_columns(embeds, order), attention_mask.gather(1, order), **kwargs)
         hidden_states, attentions = outputs.get("hidden_states"), outputs.get("attentions")
-        return BaseModelOutput(
+        return EncoderOutput(
             last_hidden_state=take_columns(outputs.last_hidden_state, back),
             hidden_states=hidden_states and tuple(take_columns(states, back) for states in hidden_states),
             attentions=attentions and tuple(_take_both(weights, back) for weights in attentions),
@@ -69,10 +77,10 @@ class EncoderDecoderMixin:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not kwargs:
 
             def function(embeds: torch.Tensor) -> torch.Tensor:
-                return encoder(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
+                return encoder(None, inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
 
-            return BaseModelOutput(last_hidden_state=self._gradient_checkpointing_func(function, embeds))
-        return encoder(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
+            return EncoderOutput(last_hidden_state=self._gradient_checkpointing_func(function, embeds))
+        return encoder(None, inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
 
     def _encode(
         self,
@@ -155,7 +163,7 @@ class EncoderDecoderMixin:
             static_tokens = encoding.static_tokens
         if encoder_outputs is not None:
             if not isinstance(encoder_outputs, ModelOutput):
-                encoder_outputs = BaseModelOutput(*encoder_outputs)
+                encoder_outputs = EncoderOutput(*encoder_outputs)
             inputs = {"encoder_outputs": encoder_outputs}
         else:
             inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
@@ -185,7 +193,7 @@ class EncoderDecoderMixin:
         inputs["use_cache"] = False
 
         def function(last_hidden_state: torch.Tensor) -> torch.Tensor:
-            encoder_outputs = BaseModelOutput(last_hidden_state=last_hidden_state)
+            encoder_outputs = EncoderOutput(last_hidden_state=last_hidden_state)
             return self.language_model(encoder_outputs=encoder_outputs, return_dict=True, **inputs).logits
 
         hidden = encoder_outputs.last_hidden_state
@@ -213,7 +221,7 @@ class EncoderDecoderMixin:
             name: True for name in ("output_attentions", "output_hidden_states") if getattr(generation_config, name)
         }
         encoding = self._encode(input_ids, attention_mask, image_features, **shows)
-        words = input_ids.masked_fill(self._is_slot(input_ids), pad_token_id or 0)
+        words, _ = self._words_of(input_ids, attention_mask, pad_token_id or 0)  # what logits processors know of it
         return self.language_model.generate(
             words,
             generation_config=generation_config,

@@ -49,7 +49,7 @@ def pool_features(features: torch.Tensor, num_tokens: int, spatial_shapes: torch
     Averages features over equal areas of their grid.
 
     Args:
-        features (`[N, P, d]`): patches row by row, or a plain sequence.
+        features (`[N, P, d]` or `[N, rows, columns, d]`): patches row by row, a square where their number is one.
         num_tokens (`int`): how many are left; on a grid, a square number.
         spatial_shapes (int `[N, 2]`, *optional*): each picture's rows and columns; what lies behind them is padding.
 
@@ -381,7 +381,8 @@ class InteractivePerceptionNetwork(nn.Module):
             context = self.fine_grained_projection(seen.patches, seen.spatial_shapes)  # [R, I, P, d_i]
         else:
             source = seen.queries if self.config.fine_grained_source == "qformer" else seen.pooled.unsqueeze(-2)
-            context = self.fine_grained_projection(source)
+            one_row = torch.tensor([1, source.shape[-2]], device=source.device)
+            context = self.fine_grained_projection(source, one_row)
         shown = self._shown(context, seen, visible).flatten(1)
         states, attentions = self.interaction(
             vectors, context.flatten(1, 2), None if bool(shown.all()) else shown, return_weights
@@ -455,7 +456,8 @@ class InteractivePerceptionNetwork(nn.Module):
         features = seen.patches if from_patches else seen.queries  # [R, I, P, d]
         if self.config.num_fine_grained_tokens is not None:
             shapes = seen.spatial_shapes.flatten(0, 1) if from_patches and seen.spatial_shapes is not None else None
-            pooled = pool_features(features.flatten(0, 1), self.config.num_fine_grained_tokens, shapes)
+            flat = features.flatten(0, 1) if from_patches else features.flatten(0, 1).unsqueeze(1)  # queries: one row
+            pooled = pool_features(flat, self.config.num_fine_grained_tokens, shapes)
             features = pooled.unflatten(0, features.shape[:2])
         return self.fine_grained_dropout(self.fine_grained_projection(features))
 

@@ -616,7 +616,10 @@ class LMEyeForConditionalGeneration(
         perception.request_rows, perception.request_images = joined["rows"], joined["images"]
         if "attention" in joined:
             attention = joined["attention"]
-            perception.attention_maps = attention.unflatten(-1, _grid_of(attention.shape[-1], image_features))
+            grid = (1, attention.shape[-1])
+            if self.config.fine_grained_source == "patch":
+                grid = _grid_of(attention.shape[-1], image_features)
+            perception.attention_maps = attention.unflatten(-1, grid)
         return perception
 
     # --- generate ----------------------------------------------------------------------------------------------

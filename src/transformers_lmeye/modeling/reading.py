@@ -29,6 +29,7 @@ from .segments import (
     cache_length,
     cache_tensors,
     empty_cache,
+    is_foreign,
     is_recurrent,
     join_rows,
     map_cache,
@@ -100,7 +101,7 @@ def _first_position(decoder: nn.Module) -> int:
     return 0
 
 
-class _found_by_trying(cached_property):
+class _FoundByTrying(cached_property):
     """A cached property that runs the language model, whose errors must not pass for a missing attribute."""
 
     def __get__(self, instance, owner=None):
@@ -128,30 +129,32 @@ class SegmentReadingMixin:
         """The name by which the language model takes and returns a cache."""
         return "cache_params" if "cache_params" in self._accepted else "past_key_values"
 
-    @property
+    @cached_property
     def _takes_cache(self) -> bool:
-        """Whether the language model reads behind a cache of Transformers' own classes."""
-        return self._cache_name in self._accepted and self.language_model._supports_default_dynamic_cache()
+        """Whether the language model reads behind a cache of Transformers' own classes, and says what it keeps."""
+        if self._cache_name not in self._accepted or not self.language_model._supports_default_dynamic_cache():
+            return False
+        try:
+            return not is_foreign(self._empty_cache())
+        except AttributeError:  # its configuration does not tell the layers
+            return False
 
     @property
     def joins_rows(self) -> bool:
         """Whether rows of unlike lengths can be decoded in one batch."""
         return self._takes_cache and (self.way_of_reading != "crop" or self.reads_padding)
 
-    @_found_by_trying
+    @_FoundByTrying
     def way_of_reading(self) -> Literal["crop", "copy", "again"]:
         """How the language model reads a request: see the head of this file."""
         if not self._takes_cache:
             return "again"
-        try:
-            cache = self._empty_cache()
-        except AttributeError:  # a configuration that does not say what its layers keep
-            return "again"
+        cache = self._empty_cache()
         if not is_recurrent(cache):
             return "crop"
         return "copy" if self._goes_on_behind_a_cache() else "again"
 
-    @_found_by_trying
+    @_FoundByTrying
     def reads_padding(self) -> bool:
         """Whether a row on the right of padding is read as it would be alone."""
         if self.way_of_reading != "crop":
@@ -216,7 +219,7 @@ class SegmentReadingMixin:
         return None
 
     def _with_layer_inputs(self, embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings `[..., S, d_L]` of words, and behind them, in the last dimension, what single layers are given."""
+        """Embeddings `[..., S, d_L]` of words and, behind them in the last dimension, what single layers are given."""
         if self._layer_inputs_table is None:
             return embeds
         layer_inputs = self._layer_inputs_table.get_per_layer_inputs(input_ids)  # [..., S, layers, width]
@@ -292,8 +295,10 @@ class SegmentReadingMixin:
         seen: list[torch.Tensor] = []
 
         def cut(module: nn.Module, args: tuple) -> tuple:
-            seen.append(args[0])
-            return (args[0][:, args[0].shape[1] - num_columns :], *args[1:])
+            states = args[0]
+            # A head that looks several words ahead is given one stream for each, the next word's first.
+            seen.append(states if states.dim() == 3 else states[:, 0])
+            return (states[..., states.shape[-2] - num_columns :, :], *args[1:])
 
         handle = self.language_model.get_output_embeddings().register_forward_pre_hook(cut)
         try:
@@ -394,7 +399,9 @@ class SegmentReadingMixin:
                 self._place_request_token(reading, segment)
             words = take_columns(reading.embeds, torch.cat([part.columns for part in read], dim=1))
             if not self.config.keep_request_token:
-                words = torch.cat([words, self._in_slot(self.ipn.request_token).to(words).expand(words.shape[0], 1, -1)], dim=1)
+                words = torch.cat(
+                    [words, self._in_slot(self.ipn.request_token).to(words).expand(words.shape[0], 1, -1)], dim=1
+                )
             valid = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
             hidden, _, _ = self._read(self._nothing_read(words), words, valid, 0)
             self._answer(reading, sequence, segment, hidden[:, -1], wish)

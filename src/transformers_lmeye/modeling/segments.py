@@ -21,11 +21,13 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
 )
 
 
@@ -236,9 +238,9 @@ class ReadingCache(DynamicCache):
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config=config)
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, LinearAttentionAndSlidingWindowAttentionLayer):
+            if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
                 self.layers[index] = LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
-            elif isinstance(layer, DynamicSlidingWindowLayer):
+            elif type(layer) is DynamicSlidingWindowLayer:
                 self.layers[index] = DynamicLayer()
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs):
@@ -265,6 +267,12 @@ def empty_cache(config: PreTrainedConfig) -> DynamicCache:
 def is_recurrent(cache: Cache) -> bool:
     """Whether a cache holds states that columns cannot be dropped from."""
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+
+
+def is_foreign(cache: Cache) -> bool:
+    """Whether a cache has layers of a model's own making, whose columns are none of our business."""
+    known = (DynamicLayer, DynamicIndexedLayer, DummyLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
+    return not all(type(layer) in known for layer in cache.layers)
 
 
 def counts_columns(cache: Cache) -> bool:

@@ -33,7 +33,7 @@ DIALOGUE_FORMAT = r"""
   {%- if message['role'] == 'user' -%}
     {{- '' if loop.first else '\n' -}}
     {{- 'Human: ' -}}{%- if images -%}{{- (['<img>'] * images) | join(' ') ~ '\n' -}}{%- endif -%}
-    {{- text ~ ('\n' ~ REQUEST if state.images else '') ~ '\nAssistant:' -}}
+    {{- text ~ ('\n' ~ REQUEST if state.images and REQUEST else '') ~ '\nAssistant:' -}}
   {%- elif message['role'] == 'assistant' -%}
     {{- ' ' -}}{%- generation -%}{{- text ~ END_OF_ANSWER -}}{%- endgeneration -%}
   {%- else -%}
