@@ -103,7 +103,7 @@ class LMEyeConfig(PreTrainedConfig):
     fine_grained_source: Literal["global", "patch", "qformer"] | None = None
     vision_feature_layer: int = -2
     num_fine_grained_tokens: int | None = None
-    fine_grained_dropout: float = 0.5
+    fine_grained_dropout: float | int = 0.5
     use_request: bool = True
     num_request_vectors: int | None = None
     dynamic_readout: Literal["eos", "last"] | None = None
@@ -140,7 +140,8 @@ class LMEyeConfig(PreTrainedConfig):
                 self.fine_grained_source = "patch"
             else:
                 self.fine_grained_source = "qformer" if self.is_encoder_decoder and self.qformer_config else "global"
-        if self.num_fine_grained_tokens is None and self.fine_grained_source == "global":
+        soft_tokens_of_one = self.interaction == "clip_text" and self.fine_grained_source == "global"
+        if self.num_fine_grained_tokens is None and soft_tokens_of_one:
             self.num_fine_grained_tokens = 5
         if self.dynamic_readout is None:
             at_eos = self.interaction == "clip_text" and not self.is_encoder_decoder
@@ -154,6 +155,7 @@ class LMEyeConfig(PreTrainedConfig):
                 setattr(self, name, language.vocab_size + offset)
         # The head is tied inside the language model; the outer flag decides whether the library ties at all.
         self.tie_word_embeddings = bool(getattr(language, "tie_word_embeddings", False))
+        self.pad_token_id = getattr(language, "pad_token_id", None)  # trainers pad generated ids with it
         self.auto_map = dict(AUTO_MAP)
 
     @classmethod
@@ -183,6 +185,11 @@ class LMEyeConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.num_fine_grained_tokens is not None and self.num_fine_grained_tokens < 1:
             raise ValueError(f"num_fine_grained_tokens must be at least 1, not {self.num_fine_grained_tokens}.")
+        if self.interaction == "cross_attention" and self.num_fine_grained_tokens is not None:
+            raise ValueError(
+                f'num_fine_grained_tokens={self.num_fine_grained_tokens} is for interaction="clip_text", whose text '
+                "encoder has few positions: a cross-attention sees every feature. Leave it out."
+            )
         if self.visual_mapping == "qformer" and self.num_static_tokens != self.num_query_tokens:
             raise ValueError(
                 f'visual_mapping="qformer" maps each of the {self.num_query_tokens} outputs of the Q-Former to a '

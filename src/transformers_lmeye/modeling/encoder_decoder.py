@@ -154,6 +154,8 @@ class EncoderDecoderMixin:
     ) -> LMEyeSeq2SeqLMOutput:
         """One pass of the decoder over an encoding, which is made first where it is not given."""
         static_tokens = None
+        if labels is not None:
+            labels = labels.masked_fill(self._is_slot(labels), -100)
         shows = {name: True for name in ("output_attentions", "output_hidden_states") if kwargs.get(name)}
         if encoder_outputs is None and (image_features is not None or self._holds_slots(input_ids, None)):
             if inputs_embeds is not None:
@@ -209,9 +211,9 @@ class EncoderDecoderMixin:
     ) -> torch.LongTensor | ModelOutput:
         """Encodes the prompts, requests included, once per sample; the decoding loop is the language model's own."""
         kwargs.pop("labels", None)
-        generation_config = copy.deepcopy(generation_config or self.generation_config)
-        kwargs = generation_config.update(**kwargs)
-        if image_features is None and (input_ids is None or not bool(self._is_slot(input_ids).any())):
+        generation_config, kwargs = complete_settings(self.generation_config, generation_config, kwargs)
+        has_slots = image_features is not None or (input_ids is not None and bool(self._is_slot(input_ids).any()))
+        if "encoder_outputs" in kwargs or not has_slots:
             return self.language_model.generate(input_ids, generation_config=generation_config, **kwargs)
         attention_mask = kwargs.pop("attention_mask", None)
         pad_token_id = generation_config.pad_token_id
@@ -229,6 +231,15 @@ class EncoderDecoderMixin:
             attention_mask=encoding.attention_mask,
             **kwargs,
         )
+
+
+def complete_settings(
+    defaults: GenerationConfig, given: GenerationConfig | None, kwargs: dict[str, Any]
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """A call's generation settings, filled up from the model's own, and what of `kwargs` is for the model."""
+    settings = GenerationConfig() if given is None else copy.deepcopy(given)
+    settings.update(**defaults.to_dict(), defaults_only=True, allow_custom_entries=True)
+    return settings, settings.update(**kwargs)
 
 
 def _take_both(weights: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -29,10 +29,18 @@ from transformers.utils import can_return_tuple, logging
 
 from .backbones import LMEyeCheckpointMixin, language_model_widths
 from .configuration_lmeye import LMEyeConfig
-from .encoder_decoder import EncoderDecoderMixin, LMEyeSeq2SeqLMOutput
+from .encoder_decoder import EncoderDecoderMixin, LMEyeSeq2SeqLMOutput, complete_settings
 from .interactive_perception import InteractivePerceptionNetwork
 from .reading import LaidOutBatch, Reading, SegmentReadingMixin, accepted_arguments, last_place, take_columns
-from .segments import SegmentPlan, cache_length, counts_columns, is_recurrent, plan_segments, repeat_rows
+from .segments import (
+    SegmentPlan,
+    cache_length,
+    counts_columns,
+    is_recurrent,
+    padded_left_only,
+    plan_segments,
+    repeat_rows,
+)
 from .towers import (
     ImageFeatures,
     QFormer,
@@ -126,7 +134,6 @@ class LMEyePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _skip_keys_device_placement = "past_key_values"
     # Half-precision backbones are read, never updated; the trained part keeps float32 weights.
     _keep_in_fp32_modules_strict = ("ipn", "qformer")
@@ -176,6 +183,9 @@ class LMEyeForConditionalGeneration(
         self.qformer = qformer
         self.language_model = language_model
         self._accepted = accepted_arguments(language_model)
+        # What the decoding loop asks of the model that it runs.
+        self._is_stateful = language_model._is_stateful
+        self._can_compile_fullgraph = language_model._can_compile_fullgraph
         image_width, patch_width = vision_widths(config.vision_config, config.vision_feature_layer)
         input_width, request_width = language_model_widths(language_model)
         self.ipn = InteractivePerceptionNetwork(
@@ -270,6 +280,17 @@ class LMEyeForConditionalGeneration(
     def disable_input_require_grads(self) -> None:
         """Does nothing, likewise."""
 
+    def _activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            logger.warning_once(
+                "use_reentrant=True is ignored: caches pass between checkpointed segments, and reentry would lose "
+                "gradients into a segment whose inputs need none."
+            )
+        super()._activation_checkpointing_enable({**options, "use_reentrant": False}, *args, **kwargs)
+
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError(
             "LMEye never resizes the language model's embedding table: slot vectors live in the IPN, and slot ids lie "
@@ -347,7 +368,10 @@ class LMEyeForConditionalGeneration(
             laid_out.start,
             request_token_id=self.config.request_token_id if keeps else None,
             # Read apart, a prefix that nothing trains through leaves no graph behind.
-            split_first=keeps and torch.is_grad_enabled() and not laid_out.embeds.requires_grad,
+            split_first=keeps
+            and torch.is_grad_enabled()
+            and not laid_out.embeds.requires_grad
+            and self.way_of_reading == "crop",
         )
 
     def _place_images(
@@ -503,6 +527,11 @@ class LMEyeForConditionalGeneration(
         kwargs,
     ) -> dict[str, Any]:
         """Words alone: the language model as it is."""
+        if attention_mask is not None and attention_mask.dim() == 2:
+            _check_columns(past_key_values, attention_mask)
+            if position_ids is None and getattr(past_key_values, "is_of_images", False):
+                positions = attention_mask.long().cumsum(dim=1).clamp(min=1) - 1 + self._position_of_first_word
+                position_ids = positions[:, cache_length(past_key_values) :]
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         optional = {
             "position_ids": position_ids,
@@ -531,6 +560,7 @@ class LMEyeForConditionalGeneration(
                 "over caches of different lengths. `perceive` returns where each request looked."
             )
         output_hidden_states = bool(kwargs.get("output_hidden_states"))
+        _check_columns(past_key_values)
         start = cache_length(past_key_values)
         if start and attention_mask is not None and attention_mask.shape[1] == input_ids.shape[1] + start:
             past = input_ids.new_zeros(input_ids.shape[0], start)
@@ -541,6 +571,7 @@ class LMEyeForConditionalGeneration(
         keep_last = logits_to_keep if isinstance(logits_to_keep, int) and plan.contiguous else 0
         num_logits = _last_columns(widths, keep_last) if keep_last else widths
         reading = self._sweep(sequence, plan, past_key_values, num_logits, output_hidden_states)
+        _note_columns(reading, sequence.attention_mask)
         logits = torch.cat(reading.logits, dim=1)
         hidden_states = None
         if output_hidden_states:
@@ -664,8 +695,8 @@ class LMEyeForConditionalGeneration(
             return self._generate_encoder_decoder(input_ids, image_features, generation_config, kwargs)
         if input_ids is None or not (image_features is not None or bool(self._is_slot(input_ids).any())):
             if not self._supports_default_dynamic_cache():
-                generation_config = generation_config or self.generation_config
-                return self.language_model.generate(inputs, generation_config=generation_config, **kwargs)
+                settings, kwargs = complete_settings(self.generation_config, generation_config, kwargs)
+                return self.language_model.generate(inputs, generation_config=settings, **kwargs)
             return super().generate(inputs, generation_config=generation_config, **kwargs)
         kwargs.pop("input_ids", None)
         kwargs.pop("labels", None)
@@ -740,6 +771,7 @@ class LMEyeForConditionalGeneration(
         self, input_ids, attention_mask, image_features, past_key_values, output_hidden_states
     ) -> tuple[LMEyeCausalLMOutputWithPast, Reading]:
         """One sweep over the prompts: logits `[B, 1, vocab]` behind each row's last word, and what has been read."""
+        _check_columns(past_key_values)
         start = cache_length(past_key_values)
         if start >= input_ids.shape[1]:
             raise ValueError(
@@ -752,6 +784,7 @@ class LMEyeForConditionalGeneration(
         num_logits = [0] * len(plan.segments)
         num_logits[-1] = 1 if last.right_aligned else last.columns.shape[1]
         reading = self._sweep(sequence, plan, past_key_values, num_logits, output_hidden_states)
+        _note_columns(reading, sequence.attention_mask)
         logits = reading.logits[-1]
         if not last.right_aligned:
             logits = take_columns(logits, last_place(last.valid))
@@ -948,6 +981,25 @@ def _grid_of(num_features: int, features: ImageFeatures) -> tuple[int, int]:
     rows, columns = shapes[0].tolist()
     same = bool((shapes == shapes[0]).all()) and rows * columns == num_features
     return (rows, columns) if same else (1, num_features)
+
+
+def _note_columns(reading: Reading, attention_mask: torch.Tensor) -> None:
+    """Notes on a cache that its positions count words, and whether its columns are no longer the batch's own."""
+    if reading.cache is not None:
+        reading.cache.is_of_images = True
+        reading.cache.has_moved_columns = not torch.equal(reading.mask, attention_mask.bool())
+
+
+def _check_columns(cache: Cache | None, attention_mask: torch.Tensor | None = None) -> None:
+    """Refuses to go on from a cache with moved columns, unless padding lies on the left as it does in there."""
+    if not getattr(cache, "has_moved_columns", False):
+        return
+    if attention_mask is None or not padded_left_only(attention_mask[:, : cache_length(cache)]):
+        raise ValueError(
+            "past_key_values holds rows of unlike lengths, which were moved so that padding lies on their left: its "
+            "columns are no longer those of input_ids. Go on row by row, or leave past_key_values out and pass the "
+            "whole conversations with all of their images."
+        )
 
 
 def _as_list(ids) -> list[int]:

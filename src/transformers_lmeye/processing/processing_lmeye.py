@@ -108,13 +108,15 @@ class LMEyeProcessor(ProcessorMixin):
                 "The tokenizer does not know the slots: build the processor with from_vision_language_pretrained, or "
                 "call add_slot_tokens first."
             )
-        self._words_tokenizer = None
+        self._words_tokenizer, self._num_words = None, 0
 
     @property
     def words_tokenizer(self):
         """The tokenizer of rows without images, to which slots' names are words."""
-        if self._words_tokenizer is None:
-            self._words_tokenizer = without_slot_tokens(self.tokenizer)
+        num_words = len(self.tokenizer) - len(SLOT_TOKENS)
+        if self._words_tokenizer is None or self._num_words != num_words:
+            self._words_tokenizer, self._num_words = without_slot_tokens(self.tokenizer), num_words
+        self._words_tokenizer.truncation_side = self.tokenizer.truncation_side
         return self._words_tokenizer
 
     @property
@@ -206,7 +208,9 @@ class LMEyeProcessor(ProcessorMixin):
             blip2_model_name_or_path (`str`): hub id or folder of a BLIP-2 checkpoint.
             kwargs: as in `from_vision_language_pretrained`.
         """
-        options = {"visual_mapping": "qformer", "keep_request_token": True, **kwargs}
+        options = {"visual_mapping": "qformer", **kwargs}
+        if options.get("interaction", "clip_text") == "clip_text":
+            options.setdefault("keep_request_token", True)
         return cls.from_vision_language_pretrained(blip2_model_name_or_path, blip2_model_name_or_path, **options)
 
     def __call__(

@@ -229,7 +229,7 @@ def _encoder_decoder_row(
     # As words throughout: a slot's name or an end of text written in an answer is neither.
     targets = processor.words_tokenizer(text_target=answer, split_special_tokens=True)["input_ids"]
     if not answer or not targets:
-        raise ValueError(f"{name} has no target token: its caption is empty. Leave the row out.")
+        raise ValueError(f"{name} has no target token: there is nothing to say. Leave the row out.")
     return {"input_ids": ids, "labels": torch.tensor(targets[:max_length]), **_vision_inputs(inputs)}
 
 
