@@ -64,12 +64,19 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+def _vision(folders: Folders, kind: str) -> Path:
+    if kind == "clip":
+        return folders.vision()
+    return folders.blip2("opt", num_queries=4) if kind == "blip2-square" else folders.blip2("opt")
+
+
 @pytest.fixture
 def build(folders: Folders) -> Callable[..., Any]:
     """
     `build(family, interaction, vision, **config)` -> LMEye in eval mode, every IPN parameter drawn anew.
 
-    `vision` is "clip", or "blip2", whose vision tower and Q-Former are taken, with CLIP's text encoder beside them.
+    `vision` is "clip"; or "blip2", whose vision tower and Q-Former are taken, with CLIP's text encoder beside them; or
+    "blip2-square", whose Q-Former has four queries.
     """
 
     def make(family: str = "llama", interaction: str = "clip_text", vision: str = "clip", **config: Any):
@@ -77,10 +84,10 @@ def build(folders: Folders) -> Callable[..., Any]:
 
         if interaction == "cross_attention" or config.get("visual_mapping") == "resampler":
             config = {**tiny.SMALL_STACK, **config}
-        if vision == "blip2" and interaction == "clip_text":
+        if vision != "clip" and interaction == "clip_text":
             config["clip_text_model_name_or_path"] = str(folders.vision())
         model = LMEyeForConditionalGeneration.from_vision_language_pretrained(
-            str(folders.blip2("opt") if vision == "blip2" else folders.vision()),
+            str(_vision(folders, vision)),
             str(folders.language(family)),
             interaction=interaction,
             **config,
@@ -99,8 +106,7 @@ def reference(folders: Folders) -> Callable[..., Reference]:
 
     def make(model: Any, family: str = "llama", vision: str = "clip") -> Reference:
         kind = EncoderDecoderReference if family in tiny.ENCODER_DECODERS else Reference
-        tower = folders.blip2("opt") if vision == "blip2" else folders.vision()
-        return kind(tower, folders.language(family), model, clip_text=folders.vision())
+        return kind(_vision(folders, vision), folders.language(family), model, clip_text=folders.vision())
 
     return make
 

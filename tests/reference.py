@@ -1,8 +1,9 @@
 """What method.md's formulas say, computed the plain way: whole passes over ever longer sequences, one row at a time.
 
 No cache, no padding, no batch, and no code of the package: CLIP is written out below on the tensors of the vision
-folder, the language model is the family's own class loaded from the language folder. Only the trained parameters are
-taken from the model under test, by name, so that gradients can be compared as well.
+folder, BLIP-2's vision tower and Q-Former are transformers' own parts called by themselves, the language model is the
+family's own class loaded from the language folder. Only the trained parameters are taken from the model under test, by
+name, so that gradients can be compared as well.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Blip2ForConditionalGeneration,
+    LogitsProcessorList,
+)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> tuple[Tensor, Tensor]:
@@ -41,8 +47,10 @@ class PlainCLIP:
         self.config = json.loads((folder / "config.json").read_text())
         self.tensors = {name: value.to(dtype) for name, value in load_file(folder / "model.safetensors").items()}
 
-    def _layers(self, x: Tensor, prefix: str, config: dict[str, Any], causal: bool) -> list[Tensor]:
-        """Every layer's output [S, D], the input first."""
+    def _layers(
+        self, x: Tensor, prefix: str, config: dict[str, Any], causal: bool, weights: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Every layer's output [S, D], the input first; its attention [S, S], mean over heads, goes into `weights`."""
         t = self.tensors
         states = [x]
         for index in range(config["num_hidden_layers"]):
@@ -52,13 +60,15 @@ class PlainCLIP:
                 return y @ t[f"{name}.{part}.weight"].T + t[f"{name}.{part}.bias"]
 
             y = self._norm(x, f"{name}.layer_norm1")
-            y, _ = attention(
+            y, seen = attention(
                 linear(y, "self_attn.q_proj"),
                 linear(y, "self_attn.k_proj"),
                 linear(y, "self_attn.v_proj"),
                 config["num_attention_heads"],
                 causal,
             )
+            if weights is not None:
+                weights.append(seen.mean(0))
             x = x + linear(y, "self_attn.out_proj")
             y = self._norm(x, f"{name}.layer_norm2")
             x = x + linear(quick_gelu(linear(y, "mlp.fc1")), "mlp.fc2")
@@ -85,13 +95,65 @@ class PlainCLIP:
 
     def soft_text(self, soft: Tensor, bos: int, eos: int) -> Tensor:
         """Variant 1, step 5: the text tower over [bos, soft tokens [n, d_t], eos] -> projected output at eos [d_p]."""
+        return self.soft_text_outputs(soft, bos, eos)[0][-1]
+
+    def soft_text_outputs(self, soft: Tensor, bos: int, eos: int) -> tuple[Tensor, Tensor]:
+        """The same -> every projected output [n + 2, d_p], attention [layers, n + 2, n + 2], mean over heads."""
         t = self.tensors
         table = t["text_model.embeddings.token_embedding.weight"]
         positions = t["text_model.embeddings.position_embedding.weight"]
         first, last = table[bos] + positions[0], table[eos] + positions[len(soft) + 1]
         x = torch.cat([first[None], soft, last[None]])
-        x = self._layers(x, "text_model", self.config["text_config"], causal=True)[-1]
-        return t["text_projection.weight"] @ self._norm(x, "text_model.final_layer_norm")[-1]
+        weights: list[Tensor] = []
+        x = self._layers(x, "text_model", self.config["text_config"], causal=True, weights=weights)[-1]
+        outputs = self._norm(x, "text_model.final_layer_norm") @ t["text_projection.weight"].T
+        return outputs, torch.stack(weights)
+
+
+@dataclass
+class Picture:
+    """What the frozen encoders say of one picture."""
+
+    pooled: Tensor  # [d_p]
+    patches: Tensor | None = None  # [P, d_v], row by row, padding left out
+    grid: tuple[int, int] | None = None  # their rows and columns
+    queries: Tensor | None = None  # [Q, d_q]
+
+
+class PlainBLIP2:
+    """BLIP-2's vision tower and Q-Former."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
+        whole = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+        self.vision_model, self.qformer, self.query_tokens = whole.vision_model, whole.qformer, whole.query_tokens
+
+    def image(self, pixel_values: Tensor, layer: int = -2) -> tuple[Tensor, Tensor, Tensor]:
+        """[3, H, W] -> pooled [d_v], patches [P, d_v], the Q-Former's outputs [Q, d_q]."""
+        seen = self.vision_model(pixel_values[None], output_hidden_states=True)
+        read = self.qformer(query_embeds=self.query_tokens, encoder_hidden_states=seen.last_hidden_state)
+        return seen.pooler_output[0], seen.hidden_states[layer][0, 1:], read.last_hidden_state[0]
+
+
+def square(count: int) -> tuple[int, int]:
+    """Rows and columns of a picture's patches where nothing says otherwise."""
+    side = round(count**0.5)
+    return (side, side) if side * side == count else (1, count)
+
+
+def averaged(features: Tensor, grid: tuple[int, int], count: int) -> Tensor:
+    """Features [rows x columns, d] averaged over areas of as equal a size as whole features allow -> [count, d].
+
+    Area i of n along a side of length s begins at floor(i s / n) and ends before ceil((i + 1) s / n).
+    """
+    areas = (1, count) if grid[0] == 1 else square(count)
+    spans = [
+        [(i * side // parts, -((i + 1) * side // -parts)) for i in range(parts)]
+        for side, parts in zip(grid, areas, strict=True)
+    ]
+    laid = features.view(*grid, -1)
+    return torch.stack(
+        [laid[top:bottom, left:right].mean((0, 1)) for top, bottom in spans[0] for left, right in spans[1]]
+    )
 
 
 @dataclass
@@ -99,7 +161,7 @@ class Finished:
     """A row with every slot filled."""
 
     embeds: Tensor  # [S, d_L]
-    requests: list[Tensor]  # each [d_L]
+    requests: list[Tensor]  # each [d_h]
     dynamic: list[Tensor]  # each [k, d_L]
     attention: list[
         Tensor
@@ -112,16 +174,38 @@ class Reference:
     Args:
         vision (`Path`), language (`Path`): folders the model under test was built from.
         model: the model under test, read only for `model.config` and `model.ipn`'s parameters.
+        clip_text (`Path`, *optional*): the CLIP whose text tower is used, where `vision` is none.
     """
 
-    def __init__(self, vision: Path, language: Path, model: Any, dtype: torch.dtype = torch.float32):
-        self.clip = PlainCLIP(vision, dtype)
-        self.language_model = AutoModelForCausalLM.from_pretrained(language, dtype=dtype).eval().requires_grad_(False)
+    auto_class: Any = AutoModelForCausalLM
+
+    def __init__(
+        self,
+        vision: Path,
+        language: Path,
+        model: Any,
+        dtype: torch.dtype = torch.float32,
+        clip_text: Path | None = None,
+    ):
+        is_blip2 = _model_type(vision) == "blip-2"
+        self.tower = PlainBLIP2(vision, dtype) if is_blip2 else PlainCLIP(vision, dtype)
+        self.clip = PlainCLIP(clip_text, dtype) if is_blip2 else self.tower
+        if _model_type(language) == "blip-2":
+            whole = Blip2ForConditionalGeneration.from_pretrained(language, dtype=dtype)
+            self.language_model = whole.language_model
+        else:
+            self.language_model = self.auto_class.from_pretrained(language, dtype=dtype)
+        self.language_model.eval().requires_grad_(False)
         self.config = model.config
         self.p: dict[str, Tensor] = dict(model.ipn.named_parameters())
         text = self.clip.config["text_config"]
         rows = text["vocab_size"]
         self.clip_bos, self.clip_eos = rows - 2, rows - 1  # CLIP's own vocabulary ends in its bos and eos
+
+    def picture(self, pixel_values: Tensor) -> Picture:
+        """What the towers say of one picture [3, H, W]."""
+        pooled, patches, *queries = self.tower.image(pixel_values, self.config.vision_feature_layer)
+        return Picture(pooled, patches, square(len(patches)), *queries)
 
     def last_hidden_state(self, embeds: Tensor) -> Tensor:
         """One whole pass over [S, d_L]; what the family's own head is given at the last position. [d_L]"""
@@ -149,38 +233,64 @@ class Reference:
         normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         return normal * self.p[f"{name}.weight"] + self.p[f"{name}.bias"]
 
-    def static(self, pooled: Tensor, patches: Tensor) -> Tensor:
-        """Step 1: e_img = t_img + W_a h_I + b_a; or what learned queries read from the patches. -> [n, d_L]"""
+    def static(
+        self,
+        pooled: Tensor,
+        patches: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        queries: Tensor | None = None,
+    ) -> Tensor:
+        """Step 1: e_img = t_img + W_a h_I + b_a; so of each Q-Former output; or what learned queries read from the
+        patches. -> [n, d_L]"""
         t_img = self.p["image_token"]
         if self.config.visual_mapping == "linear":
             return t_img + self.linear(pooled, "visual_mapping").view_as(t_img)
-        context = self.placed(patches, "visual_mapping.patch_projection")
+        if self.config.visual_mapping == "qformer":
+            return t_img + self.linear(queries, "visual_mapping")
+        context = self.placed(patches, "visual_mapping.patch_projection", grid)
         states, _ = self.stack(self.p["visual_mapping.stack.queries"], context, "visual_mapping.stack")
         return t_img + self.linear(states, "visual_mapping.output")
 
-    def dynamic(self, request: Tensor, images: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
-        """Steps 3 to 6 for one request [d_h] and the images before it. -> [k, d_L], attention weights or None"""
+    def dynamic(self, request: Tensor, pictures: list[Picture]) -> tuple[Tensor, Tensor | None]:
+        """Steps 3 to 6 for one request [d_h] and the pictures before it. -> [k, d_L], attention weights or None"""
         if not self.config.use_request:
             request = torch.zeros_like(request)
         answer, weights = {"clip_text": self.clip_text, "cross_attention": self.cross_attention}[
             self.config.interaction
-        ](request, images)
-        e_req = self.p["request_token"]  # step 6: e_d(j) = e_req + (W_d y + b_d), reshaped to [k, d_L]
-        return e_req + self.linear(answer, "dynamic_projection").view(self.config.num_dynamic_tokens, -1), weights
+        ](request, pictures)
+        # Step 6: e_d(j) = e_req + (W_d y + b_d), reshaped to [k, d_L]; where `<img-q>` stays, `<img-d>` has a vector
+        # of its own in the place of e_req.
+        blank = self.p["dynamic_token" if self.config.keep_request_token else "request_token"]
+        return blank + self.linear(answer, "dynamic_projection").view(self.config.num_dynamic_tokens, -1), weights
 
-    def clip_text(self, request: Tensor, images: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, None]:
-        """Variant 1, steps 3 to 5. -> y [d_p]"""
-        h_r = self.linear(request, "request_projection")  # [d_t]
-        h_f = [self.linear(pooled, "fine_grained_projection").view(-1, h_r.shape[-1]) for pooled, _ in images]
-        return self.clip.soft_text(torch.cat([*h_f, h_r[None]]), self.clip_bos, self.clip_eos), None
+    def clip_text(self, request: Tensor, pictures: list[Picture]) -> tuple[Tensor, Tensor | None]:
+        """Variants 1 and 2, steps 3 to 5. -> y [d_p] at eos, or the last k outputs [k, d_p]; attention [layers, m, F]
+        of the request vectors over the soft tokens where these are more than the global feature's"""
+        h_r = self.linear(request, "request_projection").view(self.config.num_request_vectors, -1)  # [m, d_t]
+        h_f = torch.cat([self.soft(picture, h_r.shape[-1]) for picture in pictures])  # [F, d_t]
+        outputs, weights = self.clip.soft_text_outputs(torch.cat([h_f, h_r]), self.clip_bos, self.clip_eos)
+        last = 1 if self.config.dynamic_readout == "eos" else self.config.num_dynamic_tokens
+        seen = weights[:, 1 + len(h_f) : -1, 1 : 1 + len(h_f)]
+        return outputs[-last:], None if self.config.fine_grained_source == "global" else seen
 
-    def placed(self, features: Tensor, name: str) -> Tensor:
+    def soft(self, picture: Picture, width: int) -> Tensor:
+        """Step 4: h_f of one picture. -> [F, d_t]"""
+        source, count = self.config.fine_grained_source, self.config.num_fine_grained_tokens
+        if source == "global":
+            return self.linear(picture.pooled, "fine_grained_projection").view(-1, width)
+        features, grid = picture.patches, picture.grid
+        if source == "qformer":
+            features, grid = picture.queries, (1, len(picture.queries))
+        if count is not None:
+            features = averaged(features, grid, count)
+        return self.linear(features, "fine_grained_projection")
+
+    def placed(self, features: Tensor, name: str, grid: tuple[int, int] | None = None) -> Tensor:
         """Features [P, d_v] normalised and mapped, plus two-dimensional sinusoids: half of the width for the row, half
         for the column, sines before cosines, wavelengths from 2 pi to 200 pi patches. -> [P, d_i]"""
         x = self.linear(self.norm(features, f"{name}.norm"), f"{name}.linear")
         count, quarter = len(x), x.shape[-1] // 4
-        side = round(count**0.5)
-        columns = side if side * side == count else count
+        columns = (grid or square(count))[1]
         codes = []
         for patch in range(count):
             code: list[float] = []
@@ -212,45 +322,67 @@ class Reference:
             states = states + self.linear(x, f"{block}.feed_forward.2")
         return self.norm(states, f"{name}.norm"), weights
 
-    def cross_attention(self, request: Tensor, images: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Variant 3: request vectors read all images. -> last k vectors [k, d_i], attention [layers, m, K]"""
-        patch = self.config.fine_grained_source == "patch"
-        context = torch.cat(
-            [self.placed(patches if patch else pooled[None], "fine_grained_projection") for pooled, patches in images]
-        )
+    def cross_attention(self, request: Tensor, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
+        """Variant 3: request vectors read all pictures. -> last k vectors [k, d_i], attention [layers, m, K]"""
+        context = []
+        for picture in pictures:
+            features, grid = {
+                "global": (picture.pooled[None], (1, 1)),
+                "patch": (picture.patches, picture.grid),
+                "qformer": (picture.queries, None if picture.queries is None else (1, len(picture.queries))),
+            }[self.config.fine_grained_source]
+            context.append(self.placed(features, "fine_grained_projection", grid))
         x = self.linear(self.norm(request, "request_projection.0"), "request_projection.1")
         queries = self.p["interaction.queries"] + x.view(self.config.num_request_vectors, -1)
-        states, weights = self.stack(queries, context, "interaction")
+        states, weights = self.stack(queries, torch.cat(context), "interaction")
         return states[-self.config.num_dynamic_tokens :], torch.stack(weights)
 
-    def finish(self, ids: list[int], images: Tensor | None = None) -> Finished:
-        """A row's ids [S] and pictures [n, 3, H, W] -> every slot's embedding; one whole first pass per request."""
-        features = [self.clip.image(x, self.config.vision_feature_layer) for x in (() if images is None else images)]
+    def pictures(self, images: Tensor | list[Picture] | None) -> list[Picture]:
+        if images is None:
+            return []
+        return list(images) if isinstance(images, list) else [self.picture(x) for x in images]
+
+    def finish(self, ids: list[int], images: Tensor | list[Picture] | None = None) -> Finished:
+        """A row's ids [S] and pictures [n, 3, H, W] -> every slot's embedding; one whole first pass per request.
+
+        Without `<img-q>` the first pass ends in e_req, which the second has not; `<img-q>` stays in both.
+        """
+        pictures = self.pictures(images)
         config = self.config
         done = Finished(self.words(torch.tensor([], dtype=torch.long)), [], [], [])
         static: list[Tensor] = []
         dynamic: list[Tensor] = []
         seen = 0
+
+        def ask(embeds: Tensor) -> list[Tensor]:
+            request = self.last_hidden_state(embeds)
+            answer, weights = self.dynamic(request, pictures[:seen])
+            done.requests.append(request)
+            done.dynamic.append(answer)
+            if weights is not None:
+                done.attention.append(weights)
+            return list(answer)
+
         for token in ids:
             if token == config.image_token_id:
                 if not static:
-                    static = list(self.static(*features[seen]))
+                    picture = pictures[seen]
+                    static = list(self.static(picture.pooled, picture.patches, picture.grid, picture.queries))
                     seen += 1
                 new = static.pop(0)
+            elif token == config.request_token_id:
+                if dynamic:
+                    raise AssertionError("the test's row asks before the last request's slots are full")
+                new = self.p["request_token"]
+                dynamic = ask(torch.cat([done.embeds, new[None]]))
             elif token == config.dynamic_token_id:
-                if not dynamic:
-                    request = self.last_hidden_state(torch.cat([done.embeds, self.p["request_token"][None]]))
-                    answer, weights = self.dynamic(request, features[:seen])
-                    done.requests.append(request)
-                    done.dynamic.append(answer)
-                    if weights is not None:
-                        done.attention.append(weights)
-                    dynamic = list(answer)
+                if not dynamic and not config.keep_request_token:
+                    dynamic = ask(torch.cat([done.embeds, self.p["request_token"][None]]))
                 new = dynamic.pop(0)
             else:
                 new = self.words(torch.tensor(token))
             done.embeds = torch.cat([done.embeds, new[None]])
-        if static or dynamic or seen != len(features):
+        if static or dynamic or seen != len(pictures):
             raise AssertionError("the test's row has slots left over")
         return done
 
@@ -287,7 +419,7 @@ class Reference:
         self, ids: list[int], images: Tensor | None, max_new_tokens: int, processors: LogitsProcessorList
     ) -> list[int]:
         """Greedy decoding written out, without a cache; `processors` see the row's words and new ids, and no slot."""
-        slots = {self.config.image_token_id, self.config.dynamic_token_id}
+        slots = {self.config.image_token_id, self.config.request_token_id, self.config.dynamic_token_id}
         words = [token for token in ids if token not in slots]
         new: list[int] = []
         with torch.no_grad():
@@ -297,3 +429,85 @@ class Reference:
                 new.append(int(scores.argmax()))
                 embeds = torch.cat([embeds, self.words(torch.tensor(new[-1:]))])
         return new
+
+
+class EncoderDecoderReference(Reference):
+    """The same around an encoder-decoder (variant 2): a whole encoder pass for every round, and one for the answer."""
+
+    auto_class = AutoModelForSeq2SeqLM
+
+    def encoded(self, embeds: Tensor) -> Tensor:
+        """One whole encoder pass over [S, d_L]. -> [S, d_h]"""
+        mask = torch.ones(1, len(embeds), dtype=torch.long)
+        return self.language_model.get_encoder()(inputs_embeds=embeds[None], attention_mask=mask).last_hidden_state[0]
+
+    def finish(self, ids: list[int], images: Tensor | list[Picture] | None = None) -> Finished:
+        """A row's ids [S] and pictures -> every slot's embedding.
+
+        `<img-q>` and `<img-d>` hold their learned vectors while the encoder first reads the row. All questions of the
+        row ask in one pass; each further round takes another pass, in which the earlier rounds' slots are full.
+        """
+        config, pictures = self.config, self.pictures(images)
+        embeds, requests, static, seen = [], [], [], 0
+        for place, token in enumerate(ids):
+            if token == config.image_token_id:
+                if not static:
+                    picture = pictures[seen]
+                    static = list(self.static(picture.pooled, picture.patches, picture.grid, picture.queries))
+                    seen += 1
+                embeds.append(static.pop(0))
+            elif token == config.request_token_id:
+                embeds.append(self.p["request_token"])
+                requests.append((place, seen, []))
+            elif token == config.dynamic_token_id:
+                embeds.append(self.p["dynamic_token"])
+                requests[-1][2].append(place)
+            else:
+                embeds.append(self.words(torch.tensor(token)))
+        found: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        for number in range(config.num_request_rounds if requests else 0):
+            states = self.encoded(torch.stack(embeds))
+            for place, before, slots in requests[number :: config.num_request_rounds]:
+                answer, weights = self.dynamic(states[place], pictures[:before])
+                found[place] = (states[place], answer, weights)
+                for slot, vector in zip(slots, answer, strict=True):
+                    embeds[slot] = vector
+        if static or seen != len(pictures) or len(found) != len(requests):
+            raise AssertionError("the test's row has slots left over")
+        of_requests = [found[place] for place in sorted(found)]
+        return Finished(
+            torch.stack(embeds),
+            [request for request, _, _ in of_requests],
+            [answer for _, answer, _ in of_requests],
+            [weights for _, _, weights in of_requests if weights is not None],
+        )
+
+    def answer_logits(self, embeds: Tensor, answer: list[int]) -> Tensor:
+        """The decoder's logits for each word of `answer` [T] and behind it, without a cache. -> [T + 1, V]"""
+        start = self.language_model.config.decoder_start_token_id
+        outputs = self.language_model(
+            inputs_embeds=embeds[None], decoder_input_ids=torch.tensor([[start, *answer]]), use_cache=False
+        )
+        return outputs.logits[0]
+
+    def loss(self, rows: list[tuple[list[int], list[int], Tensor | None]]) -> Tensor:
+        """Mean loss over every target of every row; rows are (ids, the decoder's targets, pictures)."""
+        total, count = torch.zeros(()), 0
+        for ids, labels, images in rows:
+            log_p = self.answer_logits(self.finish(ids, images).embeds, labels[:-1]).float().log_softmax(-1)
+            for position, label in enumerate(labels):
+                total = total - log_p[position, label]
+                count += 1
+        return total / count
+
+    def generate(self, ids: list[int], images: Tensor | None = None, **kwargs: Any) -> list[int]:
+        """Ids of the decoder, its start token first: the plain language model, given the finished sequence."""
+        with torch.no_grad():
+            embeds = self.finish(ids, images).embeds[None]
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+            out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **kwargs)
+        return out[0].tolist() if len(out) == 1 else out.tolist()
+
+
+def _model_type(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text())["model_type"]

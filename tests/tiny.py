@@ -422,7 +422,7 @@ _T5_LIKE = {
 }
 
 
-def blip2(family: str = "t5", seed: int = 500) -> Blip2ForConditionalGeneration:
+def blip2(family: str = "t5", seed: int = 500, num_queries: int = NUM_QUERIES) -> Blip2ForConditionalGeneration:
     """A tiny random BLIP-2 in eval mode, around an OPT or a T5 whose head is not tied, as FlanT5's is not."""
     if family == "t5":
         values = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2, "decoder_start_token_id": 0}
@@ -441,7 +441,7 @@ def blip2(family: str = "t5", seed: int = 500) -> Blip2ForConditionalGeneration:
             "encoder_hidden_size": BLIP2_VISION_WIDTH,
         },
         text_config=text_config,
-        num_query_tokens=NUM_QUERIES,
+        num_query_tokens=num_queries,
     )
     with torch.random.fork_rng():
         model = Blip2ForConditionalGeneration(config)
@@ -459,10 +459,10 @@ def blip2(family: str = "t5", seed: int = 500) -> Blip2ForConditionalGeneration:
     return model.eval()
 
 
-def save_blip2(path: Path, family: str = "t5", seed: int = 500) -> Path:
+def save_blip2(path: Path, family: str = "t5", seed: int = 500, num_queries: int = NUM_QUERIES) -> Path:
     """A BLIP-2 with its image processor and its language model's tokenizer."""
     path.mkdir(parents=True, exist_ok=True)
-    blip2(family, seed).save_pretrained(path)
+    blip2(family, seed, num_queries).save_pretrained(path)
     BlipImageProcessor(size=_SIZE).save_pretrained(path)
     tokenizer(keep_spaces=family != "t5").save_pretrained(path)
     return path
@@ -510,7 +510,8 @@ def encoder_decoder(family: str, seed: int = 0, **overrides: Any) -> PreTrainedM
     config = AutoConfig.for_model(model_type, **{**_COMMON, **values, **overrides})
     with torch.random.fork_rng():
         model = AutoModelForSeq2SeqLM.from_config(config)
-    randomise(model, seed + 2, gain=2.0, table={"t5": 0.5, "bart": 0.2}[family])
+    gain, table = {"t5": (2.0, 0.5), "bart": (1.5, 0.1)}[family]
+    randomise(model, seed + 2, gain, table)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if family == "t5" and name.endswith("Attention.q.weight"):

@@ -1,6 +1,7 @@
 """The processor: slots placed for the user and respected where the user places them."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -38,16 +39,13 @@ def words(folders):
 
 def spell(text: str, tokenizer, k: int = K, static: int = 1) -> list[int]:
     """Ids of a text with slots, from the pieces between them: slot ids start behind table and tokenizer."""
-    image, dynamic = tiny.TABLE_ROWS, tiny.TABLE_ROWS + 2
+    slots = {"<img>": tiny.TABLE_ROWS, "<img-q>": tiny.TABLE_ROWS + 1, "<img-d>": tiny.TABLE_ROWS + 2}
     ids: list[int] = []
-    for index, piece in enumerate(text.split("<img>")):
-        if index:
-            ids.append(image)
-        for place, rest in enumerate(piece.split("<img-d>")):
-            if place:
-                ids.append(dynamic)
-            if rest:
-                ids += tokenizer(rest, add_special_tokens=False)["input_ids"]
+    for piece in re.split("(<img>|<img-q>|<img-d>)", text):
+        if piece in slots:
+            ids.append(slots[piece])
+        elif piece:
+            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
     return ids
 
 
@@ -163,6 +161,187 @@ def test_html_beside_pictures(make, words):
     assert row.tolist() == words()("a <img> of a cat <img-d>")["input_ids"]
     assert int(row.max()) < tiny.TABLE_ROWS
     assert inputs["pixel_values"].shape[0] == 1
+
+
+# --- requests in rounds, requests with a slot of their own ----------------------------------------------------------
+
+KEPT = " ".join(["<img-q>"] + ["<img-d>"] * K)
+
+
+def test_rounds(make, words):
+    """A question asks as many requests as there are rounds, one behind the other."""
+    processor = make(num_request_rounds=3, num_dynamic_tokens=2)
+    inputs = processor(images=tiny.picture(), text="what is it?", return_tensors="pt")
+    request = " ".join(["<img-d>"] * 6)
+    text = f"Image as evidence: <img>\n Question: what is it? {request}\nAnswer:"
+    assert inputs["input_ids"].tolist() == [spell(text, words())]
+
+
+def test_the_first_editions_prompt(make, words):
+    """Variant 2's prompt, whatever the language model: `Human: <img>\\n{prompt}\\n <img-q> <img-d>x5\\nAssistant:`."""
+    inputs = make(keep_request_token=True)(images=tiny.picture(), text="what is it?", return_tensors="pt")
+    text = "Human: <img>\nwhat is it?\n <img-q> <img-d> <img-d> <img-d> <img-d> <img-d>\nAssistant:"
+    assert inputs["input_ids"].tolist() == [spell(text, words())]
+    processor = make(keep_request_token=True, num_request_rounds=2, num_dynamic_tokens=2)
+    inputs = processor(images=[tiny.picture(1), tiny.picture(2)], text="what is it?", return_tensors="pt")
+    text = "Human: <img> <img>\nwhat is it?\n <img-q> <img-d> <img-d> <img-q> <img-d> <img-d>\nAssistant:"
+    assert inputs["input_ids"].tolist() == [spell(text, words())]
+
+
+@pytest.mark.parametrize("written", ["<img-d>", "<img-q>", "<img-q> <img-d>", "<img-q><img-d>", KEPT])
+def test_ways_to_write_a_request(make, words, written):
+    """Once, in whatever way, or in full."""
+    text = f"Image: <img>\n what is it? {written}\nAnswer: yes. <img-q> <img-d>"
+    full = f"Image: <img>\n what is it? {KEPT}\nAnswer: yes. {KEPT}"
+    inputs = make(keep_request_token=True)(images=tiny.picture(), text=text, return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [spell(full, words())]
+
+
+def test_rounds_written_in_full_stay(make, words):
+    processor = make(keep_request_token=True, num_request_rounds=2, num_dynamic_tokens=2)
+    full = "<img> who? <img-q> <img-d> <img-d> <img-q> <img-d> <img-d>."
+    for text in (full, "<img> who? <img-q> <img-d>.", "<img> who? <img-d>."):
+        inputs = processor(images=tiny.picture(), text=text, return_tensors="pt")
+        assert inputs["input_ids"].tolist() == [spell(full, words())]
+
+
+@pytest.mark.parametrize(
+    ("kept", "text", "message"),
+    [
+        (
+            False,
+            "<img> who? <img-q>",
+            "Sample 1 has an `<img-q>` slot, which is for models with keep_request_token=True",
+        ),
+        (False, "<img> who? <img-q> <img-d>", "keep_request_token=True: write `<img-d>` once per request"),
+        (False, "<img> who? <img-d> <img-d>", "Sample 1 has a run of 2 `<img-d>` slots that is no multiple"),
+        (
+            True,
+            "<img> who? <img-q> <img-d> <img-d>",
+            "Sample 1 has a run of 2 `<img-d>` slots.*`<img-q> <img-d>` once",
+        ),
+        (True, f"<img> who? {KEPT} <img-d>", "Sample 1 has a run of 6"),
+        (True, "<img> who? <img-d> <img-q>", "Sample 1 has a run of 1"),
+    ],
+)
+def test_requests_that_are_neither_once_nor_full(make, kept, text, message):
+    processor = make(keep_request_token=kept)
+    with pytest.raises(ValueError, match=message):
+        processor(images=[tiny.picture(1), tiny.picture(2)], text=["<img> what? <img-d>", text])
+
+
+def test_html_where_requests_are_kept(make, words):
+    """Without an image `<img-q>`, too, is words."""
+    inputs = make(keep_request_token=True)(text="an <img-q> of a <img>", return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [words()("an <img-q> of a <img>")["input_ids"]]
+
+
+# --- encoder-decoders ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(folders):
+    """An encoder-decoder's own tokenizer."""
+    return lambda family: AutoTokenizer.from_pretrained(folders.language(family))
+
+
+# What each tokenizer puts around a text.
+AROUND = {"t5": ([], [2]), "bart": ([1], [2])}
+
+
+@pytest.mark.parametrize("family", tiny.ENCODER_DECODERS)
+def test_prompt_of_an_encoder_decoder(make, own, family):
+    """Variant 2's prompt between the special tokens that the tokenizer puts around any text; padded on the right."""
+    processor = make(family)
+    assert processor.is_encoder_decoder and processor.keep_request_token
+    before, behind = AROUND[family]
+    assert own(family)("a cat")["input_ids"] == [*before, *own(family)("a cat", add_special_tokens=False).input_ids, 2]
+    rows = []
+    for question in ("what is the man doing?", "who"):
+        text = f"Human: <img>\n{question}\n <img-q> <img-d> <img-d> <img-d> <img-d> <img-d>\nAssistant:"
+        rows.append([*before, *spell(text, own(family)), *behind])
+    inputs = processor(images=[tiny.picture(1), tiny.picture(2)], text=["what is the man doing?", "who"])
+    missing = len(rows[0]) - len(rows[1])
+    assert inputs["input_ids"] == [rows[0], rows[1] + [0] * missing]
+    assert inputs["attention_mask"] == [[1] * len(rows[0]), [1] * len(rows[1]) + [0] * missing]
+    # Both can be chosen.
+    alone = processor(images=tiny.picture(1), text="who", add_special_tokens=False)["input_ids"]
+    assert alone == rows[1][len(before) : -1]
+    inputs = processor(images=[tiny.picture(1)] * 2, text=["what is the man doing?", "who"], padding_side="left")
+    assert inputs["input_ids"][1] == [0] * missing + rows[1]
+
+
+@pytest.mark.parametrize("family", tiny.ENCODER_DECODERS)
+def test_words_of_an_encoder_decoder(make, own, family):
+    """Rows without an image are the tokenizer's own, special tokens included."""
+    processor = make(family, interaction="none")
+    text = "an <img> of a cat <img-q>"
+    assert processor(text=text)["input_ids"] == own(family)(text)["input_ids"]
+    inputs = processor(images=[[tiny.picture()], []], text=["what?", text])
+    assert inputs["input_ids"][1][: sum(inputs["attention_mask"][1])] == own(family)(text)["input_ids"]
+    before, behind = AROUND[family]
+    assert inputs["input_ids"][0][: sum(inputs["attention_mask"][0])] == [
+        *before,
+        *spell("Human: <img>\nwhat?\nAssistant:", own(family)),
+        *behind,
+    ]
+
+
+def test_chat_with_an_encoder_decoder(make, own):
+    """Turns before the question stand in the encoder's text, their requests too; the text ends where it ends alone."""
+    inputs = make("bart", num_dynamic_tokens=2).apply_chat_template(conversation(), **OPTIONS)
+    text = (
+        "Human: <img>\nwhat is it?\n <img-q> <img-d> <img-d>\nAssistant: a cat.\n"
+        "Human: where is it?\n <img-q> <img-d> <img-d>\nAssistant:"
+    )
+    ids = inputs["input_ids"][0].tolist()
+    assert ids == [1, *spell(text, own("bart")), 2]
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_round_trip_of_an_encoder_decoder(make, tmp_path, family):
+    processor = make(family, num_request_rounds=2, num_dynamic_tokens=2)
+    processor.save_pretrained(tmp_path)
+    again = LMEyeProcessor.from_pretrained(tmp_path)
+    assert again.is_encoder_decoder and again.keep_request_token and again.num_request_rounds == 2
+    assert again.tokenizer.padding_side == "right"
+    inputs = processor(images=tiny.picture(), text="what is it?", return_tensors="pt")
+    for name, value in again(images=tiny.picture(), text="what is it?", return_tensors="pt").items():
+        assert torch.equal(value, inputs[name])
+
+
+# --- BLIP-2 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["t5", "opt"])
+def test_processor_from_blip2(folders, family):
+    """As many static tokens as the Q-Former has queries, the first edition's prompt, BLIP-2's own pixels."""
+    from transformers import BlipImageProcessor
+
+    folder = folders.blip2(family)
+    processor = LMEyeProcessor.from_blip2_pretrained(str(folder), num_dynamic_tokens=2)
+    assert processor.num_static_tokens == tiny.NUM_QUERIES and processor.keep_request_token
+    assert processor.is_encoder_decoder == (family == "t5")
+    assert processor.tokenizer.padding_side == ("right" if family == "t5" else "left")
+    inputs = processor(images=tiny.picture(), text="what is it?", return_tensors="pt")
+    images = " ".join(["<img>"] * tiny.NUM_QUERIES)
+    text = f"Human: {images}\nwhat is it?\n <img-q> <img-d> <img-d>\nAssistant:"
+    own = AutoTokenizer.from_pretrained(folder)
+    special = own("cat")["input_ids"] != own("cat", add_special_tokens=False)["input_ids"]
+    assert not special, "this tokenizer has no special tokens, so none are expected"
+    assert inputs["input_ids"].tolist() == [spell(text, own)]
+    pixels = BlipImageProcessor.from_pretrained(folder)(tiny.picture(), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(inputs["pixel_values"], pixels)
+
+
+def test_a_q_former_beside_another_language_model(folders, words):
+    processor = LMEyeProcessor.from_vision_language_pretrained(
+        str(folders.blip2("opt")), str(folders.language()), visual_mapping="qformer", num_dynamic_tokens=1
+    )
+    inputs = processor(images=tiny.picture(), text="what is it?", return_tensors="pt")
+    images = " ".join(["<img>"] * tiny.NUM_QUERIES)
+    text = f"Image as evidence: {images}\n Question: what is it? <img-d>\nAnswer:"
+    assert inputs["input_ids"].tolist() == [spell(text, words())]
 
 
 # --- images --------------------------------------------------------------------------------------------------------
@@ -312,6 +491,20 @@ def test_chat_in_the_released_format(make, words):
     assert ids.count(tiny.TABLE_ROWS) == 1 and ids.count(tiny.TABLE_ROWS + 2) == 2 * K
 
 
+def test_chat_where_requests_are_kept(make, words):
+    inputs = make(keep_request_token=True).apply_chat_template(conversation(), **OPTIONS)
+    text = f"Human: <img>\nwhat is it?\n {KEPT}\nAssistant: a cat.</s>\nHuman: where is it?\n {KEPT}\nAssistant:"
+    assert inputs["input_ids"].tolist() == [spell(text, words())]
+    # In the language model's own template a request stands behind the question.
+    text = make(keep_request_token=True, chat_template=tiny.CHAT_TEMPLATE).apply_chat_template(
+        conversation(), add_generation_prompt=True
+    )
+    assert text == (
+        "[user] <img>\nwhat is it? <img-q> <img-d></s>\n[assistant] a cat.</s>\n"
+        "[user] where is it? <img-q> <img-d></s>\n[assistant] "
+    )
+
+
 def test_chat_in_the_language_models_own_template(make, words):
     """The words and their markup come from the language model's template; only slots are added."""
     processor = make(chat_template=tiny.CHAT_TEMPLATE)
@@ -387,8 +580,9 @@ def test_decoding(make):
         {"add_bos": True, "num_dynamic_tokens": 2, "num_static_tokens": 3, "padding_side": "right"},
         {"interaction": "none"},
         {"chat_template": tiny.CHAT_TEMPLATE},
+        {"keep_request_token": True, "num_request_rounds": 2, "num_dynamic_tokens": 2},
     ],
-    ids=["default", "every_option", "none", "chat"],
+    ids=["default", "every_option", "none", "chat", "kept_rounds"],
 )
 def test_round_trip(make, tmp_path, options):
     """Nothing reverts on reload."""
@@ -401,6 +595,9 @@ def test_round_trip(make, tmp_path, options):
     for name in (
         "num_static_tokens",
         "num_dynamic_tokens",
+        "num_request_rounds",
+        "keep_request_token",
+        "is_encoder_decoder",
         "add_bos",
         "chat_template",
         "image_token_id",
@@ -434,6 +631,30 @@ def test_processor_and_model_agree(make, build, interaction):
     inputs = processor(images=[[tiny.picture(1)], []], text=["what is it?", "who is it?"], return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=3)
     assert out.shape[0] == 2 and int(out[:, inputs["input_ids"].shape[1] :].max()) < tiny.TABLE_ROWS
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {"keep_request_token": True, "num_request_rounds": 2}),
+        ("gpt2", {"num_request_rounds": 3}),
+        ("t5", {}),
+        ("bart", {"num_request_rounds": 2}),
+        ("t5", {"interaction": "none"}),
+    ],
+)
+def test_processor_and_model_agree_on_requests(make, build, family, fields):
+    options = {"num_dynamic_tokens": 2, **fields}
+    processor, model = make(family, **options), build(family, options.pop("interaction", "clip_text"), **options)
+    config = model.config
+    assert processor.slot_token_ids == (config.image_token_id, config.request_token_id, config.dynamic_token_id)
+    assert processor.is_encoder_decoder == config.is_encoder_decoder
+    assert processor.keep_request_token == config.keep_request_token
+    inputs = processor(images=[[tiny.picture(1)], []], text=["what is it?", "who is it?"], return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=3).shape[0] == 2
+    if config.interaction != "none":
+        requests = model.perceive(**inputs).requests
+        assert requests.shape[0] == config.num_request_rounds
 
 
 def test_without_torchvision(make, folders, tmp_path):

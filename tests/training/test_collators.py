@@ -439,3 +439,226 @@ def test_bad_conversations_are_named(processor, name):
     template, messages, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         ConversationCollator(processor(template))([{"id": "x", "messages": messages}])
+
+
+def test_pictures_of_different_proportions(folders):
+    """Whatever a vision tower takes besides pixels stands in the order of the slots, too (SigLIP2)."""
+    from transformers_lmeye import LMEyeForConditionalGeneration
+
+    vision, language = str(folders.tower("siglip2")), str(folders.language())
+    options = {"interaction": "cross_attention", "num_dynamic_tokens": 2}
+    p = LMEyeProcessor.from_vision_language_pretrained(vision, language, **options)
+    wide, high = tiny.picture(1, (48, 16)), tiny.picture(2, (16, 40))
+    samples = [
+        _conversation([{"type": "image", "image": wide}, _words("what?")], "cat"),
+        _conversation("who?", "man"),
+        _conversation([{"type": "image", "image": high}, _words("where is it?")], "in a house"),
+    ]
+    samples = [{"id": str(index), "messages": messages} for index, messages in enumerate(samples)]
+    batch = ConversationCollator(p)(samples)
+    expected = p.image_processor([wide, high], return_tensors="pt")
+    assert expected["spatial_shapes"][0].tolist() != expected["spatial_shapes"][1].tolist()
+    assert set(expected) == {"pixel_values", "pixel_attention_mask", "spatial_shapes"}
+    assert all(torch.equal(batch[name], value) for name, value in expected.items())
+    pairs = PairCollator(p)([{"id": "a", "image": wide, "caption": "a"}, {"id": "b", "image": high, "caption": "b"}])
+    assert all(torch.equal(pairs[name], value) for name, value in expected.items())
+    # Each row's loss is what it is alone.
+    model = LMEyeForConditionalGeneration.from_vision_language_pretrained(
+        vision, language, **options, **tiny.SMALL_STACK
+    )
+    tiny.randomise_ipn(model)
+    counts, losses = [], []
+    with torch.no_grad():
+        for sample in samples:
+            alone = ConversationCollator(p)([sample])
+            counts.append(int((alone["labels"] != IGNORED).sum()))
+            losses.append(float(model(**alone).loss))
+        mean = sum(count * loss for count, loss in zip(counts, losses, strict=True)) / sum(counts)
+        assert float(model(**batch).loss) == pytest.approx(mean, abs=1e-5)
+
+
+# --- requests with a slot of their own, in rounds ------------------------------------------------------------------
+
+
+def test_dialogues_where_requests_are_kept(processor):
+    """Every `<img-q>` and `<img-d>` of every round is prompt; the answers are targets."""
+    p = processor(keep_request_token=True, num_request_rounds=2)
+    request = "<img-q> <img-d> <img-d> <img-q> <img-d> <img-d>"
+    batch = ConversationCollator(p)([{"id": "a", "messages": THREE}])
+    assert _prompts_and_targets(p, batch) == [
+        f"Human: <img>\nwhat?\n {request}\nAssistant:",
+        " a cat</s>",
+        f"\nHuman: where?\n {request}\nAssistant:",
+        " house</s>",
+        f"\nHuman: how many?\n {request}\nAssistant:",
+        " yes</s>",
+    ]
+    p = processor(tiny.CHAT_TEMPLATE, keep_request_token=True)
+    batch = ConversationCollator(p)([{"id": "a", "messages": ONE}])
+    assert _prompts_and_targets(p, batch) == [
+        "[user] <img>\nwhat is the man doing? <img-q> <img-d> <img-d></s>\n[assistant] ",
+        "in a house</s>",
+        "\n",
+    ]
+
+
+def test_rounds_are_prompt(processor):
+    p = processor(num_request_rounds=2)
+    batch = ConversationCollator(p)([{"id": "a", "messages": ONE}])
+    request = "<img-d> <img-d> <img-d> <img-d>"
+    assert _prompts_and_targets(p, batch) == [
+        f"Image as evidence: <img>\n Question: what is the man doing? {request}\nAnswer:",
+        " in a house</s>",
+    ]
+    batch = PairCollator(p)([{"id": "a", "image": tiny.picture(), "caption": "cat"}])
+    assert _prompts_and_targets(p, batch) == ["<img>", "cat</s>"]
+
+
+# --- encoder-decoders: the encoder reads the prompt, the answer is the decoder's ------------------------------------
+
+
+@pytest.fixture
+def encoder_decoder(folders):
+    def make(family: str, **kwargs: Any) -> LMEyeProcessor:
+        kwargs = {"num_dynamic_tokens": 2, **kwargs}
+        vision, language = str(folders.vision()), str(folders.language(family))
+        return LMEyeProcessor.from_vision_language_pretrained(vision, language, **kwargs)
+
+    return make
+
+
+def _encoder_and_decoder(processor, batch: dict[str, torch.Tensor], row: int) -> tuple[str, str]:
+    """What the encoder reads and what the decoder is to say, tokens joined; padding is on the right, in both."""
+    mask, labels = batch["attention_mask"][row], batch["labels"][row]
+    read, said = int(mask.sum()), int((labels != IGNORED).sum())
+    assert mask.tolist() == [1] * read + [0] * (len(mask) - read)
+    assert (labels[said:] == IGNORED).all()
+    tokens = processor.tokenizer.convert_ids_to_tokens
+    return "".join(tokens(batch["input_ids"][row, :read])), "".join(tokens(labels[:said]))
+
+
+# Around a text T5 has `</s>` alone; its tokenizer drops blanks.
+def test_captions_for_an_encoder_decoder(encoder_decoder):
+    """`<img>` is all the encoder reads, the caption all the decoder says, in the special tokens of either side."""
+    samples = [
+        {"id": "a", "image": tiny.picture(0), "caption": "a cat on a house."},
+        {"id": "b", "image": tiny.picture(1), "caption": " red dog\n"},
+    ]
+    p = encoder_decoder("t5", num_static_tokens=2)
+    batch = PairCollator(p)(samples)
+    assert _encoder_and_decoder(p, batch, 0) == ("<img><img></s>", "acatonahouse.</s>")
+    assert _encoder_and_decoder(p, batch, 1) == ("<img><img></s>", "reddog</s>")
+    assert batch["input_ids"].shape == (2, 3) and batch["labels"].shape == (2, 7)
+    p = encoder_decoder("bart")
+    batch = PairCollator(p)(samples)
+    assert _encoder_and_decoder(p, batch, 0) == ("<s><img></s>", "<s>a cat on a house.</s>")
+    assert _encoder_and_decoder(p, batch, 1) == ("<s><img></s>", "<s>red dog</s>")
+    alone = p.image_processor([tiny.picture(0), tiny.picture(1)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"], alone)
+    assert {value.dtype for name, value in batch.items() if name != "pixel_values"} == {torch.int64}
+
+
+def test_an_encoder_decoders_words_are_words(encoder_decoder):
+    """Slots and special tokens written in a caption or an answer stay words; "s" is none that the tokenizer has."""
+    p = encoder_decoder("bart")
+    batch = PairCollator(p)([{"id": "a", "image": tiny.picture(), "caption": "<img> cat </s><img-d>"}])
+    assert _encoder_and_decoder(p, batch, 0) == ("<s><img></s>", "<s><img> cat </<unk>><img-d></s>")
+    assert int(batch["labels"].max()) < tiny.TABLE_ROWS
+    assert batch["labels"][0].tolist().count(p.tokenizer.eos_token_id) == 1
+    messages = _conversation([_image(), _words("what?")], "a <img-q> cat</s>")
+    batch = ConversationCollator(p)([{"id": "a", "messages": messages}])
+    assert _encoder_and_decoder(p, batch, 0)[1] == "<s>a <img-q> cat</<unk>></s>"
+    assert int(batch["labels"].max()) < tiny.TABLE_ROWS
+    assert batch["labels"][0].tolist().count(p.tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_each_answer_is_a_row(encoder_decoder, rounds):
+    """The encoder reads what stands before the answer, earlier answers included, and sees the picture in every row."""
+    request = " ".join(["<img-q> <img-d> <img-d>"] * rounds)
+    first = f"Human: <img>\nwhat?\n {request}\nAssistant:"
+    second = f"{first} a cat\nHuman: where?\n {request}\nAssistant:"
+    third = f"{second} house\nHuman: how many?\n {request}\nAssistant:"
+    p = encoder_decoder("bart", num_request_rounds=rounds)
+    batch = ConversationCollator(p)([{"id": "a", "messages": THREE}])
+    assert [_encoder_and_decoder(p, batch, row) for row in range(3)] == [
+        (f"<s>{first}</s>", "<s>a cat</s>"),
+        (f"<s>{second}</s>", "<s>house</s>"),
+        (f"<s>{third}</s>", "<s>yes</s>"),
+    ]
+    assert len(batch["input_ids"]) == 3
+    pixels = p.image_processor([tiny.picture(0)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"], pixels.expand(3, -1, -1, -1))
+    p = encoder_decoder("t5", num_request_rounds=rounds)
+    batch = ConversationCollator(p)([{"id": "a", "messages": THREE}])
+    for row, (read, said) in enumerate(((first, "acat"), (second, "house"), (third, "yes"))):
+        assert _encoder_and_decoder(p, batch, row) == ("".join(read.split()) + "</s>", f"{said}</s>")
+
+
+def test_rows_of_several_conversations(encoder_decoder):
+    """Two pictures, words alone, and a turn that says nothing: rows and pictures stay in order."""
+    p = encoder_decoder("bart")
+    silent = _conversation([_image(2), _words("what?")], " ", "where?", "house")
+    samples = [TWO_IMAGES, WORDS, silent]
+    batch = ConversationCollator(p)([{"id": str(index), "messages": part} for index, part in enumerate(samples)])
+    request = "<img-q> <img-d> <img-d>"
+    first = f"Human: <img>\na\n {request}\nAssistant:"
+    words = "Human: what is <img> in a house?\nAssistant:"
+    assert [_encoder_and_decoder(p, batch, row) for row in range(len(batch["labels"]))] == [
+        (f"<s>{first}</s>", "<s>cat</s>"),
+        (f"<s>{first} cat\nHuman: <img>\nhow\n {request}\nAssistant:</s>", "<s>dog</s>"),
+        (f"<s>{words}</s>", "<s>a dog</s>"),
+        (f"<s>{words} a dog\nHuman: is <img-d> a cat?\nAssistant:</s>", "<s>no</s>"),
+        (
+            f"<s>Human: <img>\nwhat?\n {request}\nAssistant: \nHuman: where?\n {request}\nAssistant:</s>",
+            "<s>house</s>",
+        ),
+    ]
+    # Pictures of the first row, of the second, which sees both, and of the last.
+    pictures = [tiny.picture(0), tiny.picture(0), tiny.picture(1), tiny.picture(2)]
+    assert torch.equal(batch["pixel_values"], p.image_processor(pictures, return_tensors="pt")["pixel_values"])
+    assert int((batch["input_ids"] == p.image_token_id).sum()) == 4
+
+
+def test_a_batch_for_an_encoder_decoder_trains(encoder_decoder, build):
+    """The model takes what the collator makes: the loss is the decoder's own over these labels."""
+    p, model = encoder_decoder("t5"), build("t5", "clip_text", num_dynamic_tokens=2)
+    batch = ConversationCollator(p)([{"id": "a", "messages": THREE}, {"id": "b", "messages": WORDS}])
+    out = model(**batch)
+    shown = batch["labels"] != IGNORED
+    log_p = out.logits.log_softmax(-1)[shown]
+    expected = -log_p[torch.arange(len(log_p)), batch["labels"][shown]].mean()
+    torch.testing.assert_close(out.loss, expected)
+    model.freeze_for_stage("instruct")
+    model(**batch).loss.backward()
+    assert float(model.ipn.request_token.grad.abs().max()) > 0
+
+
+def test_cutting_for_an_encoder_decoder(encoder_decoder):
+    """Labels are cut at `max_length`, and lose their end; what the encoder reads is never cut."""
+    p = encoder_decoder("t5")
+    batch = PairCollator(p, max_length=3)([{"id": "a", "image": tiny.picture(), "caption": "a cat on a house"}])
+    assert _encoder_and_decoder(p, batch, 0) == ("<img></s>", "acaton")
+    # Two words and a slot, two and three slots, two, the answer's two; four and three slots, two; the end.
+    with pytest.raises(ValueError, match="its turn 3 is 22 tokens long before its answer, longer than max_length=21"):
+        ConversationCollator(p, max_length=21)([{"id": "row 3", "messages": THREE[:4]}])
+    assert len(ConversationCollator(p, max_length=22)([{"id": "row 3", "messages": THREE[:4]}])["labels"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (ONE[:1], "Sample x: it has no target token: none of its assistant turns says anything. Leave the row out"),
+        (_conversation([_image()], " "), "Sample x: it has no target token"),
+        (
+            _conversation([_image(), _words("is <img> a tag?")], "yes"),
+            "Sample x: Image features and image tokens do not",
+        ),
+    ],
+    ids=["no answer", "empty answer", "slot among the words"],
+)
+def test_bad_conversations_for_an_encoder_decoder(encoder_decoder, messages, message):
+    with pytest.raises(ValueError, match=message):
+        ConversationCollator(encoder_decoder("t5"))([{"id": "x", "messages": messages}])
+    with pytest.raises(ValueError, match="Sample x has no target token: there is nothing to say"):
+        PairCollator(encoder_decoder("t5"))([{"id": "x", "image": tiny.picture(), "caption": " "}])
