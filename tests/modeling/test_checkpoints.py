@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -320,22 +321,27 @@ def test_generation_config_of_the_language_model(folders, tmp_path):
 
 
 class Hub:
-    """Keeps what would be uploaded."""
+    """Keeps what would be uploaded, and how the hub was asked."""
 
     uploads: list[dict]
+    calls: list[dict]
 
     def __init__(self, **kwargs):
-        pass
+        self.calls.append(kwargs)
 
     def create_repo(self, repo_id, **kwargs):
         from types import SimpleNamespace
 
-        return SimpleNamespace(repo_id=repo_id)
+        self.calls.append({"repo_id": repo_id, **kwargs})
+        return SimpleNamespace(repo_id=f"someone/{repo_id.split('/')[-1]}")
 
-    def upload_folder(self, repo_id, folder_path, **kwargs):
-        from pathlib import Path
+    def upload_folder(self, repo_id, folder_path, allow_patterns=None, **kwargs):
+        from huggingface_hub.utils import filter_repo_objects
 
-        self.uploads.append({path.name: path.read_bytes() for path in Path(folder_path).rglob("*") if path.is_file()})
+        self.calls.append({"repo_id": repo_id, **kwargs})
+        paths = [path.relative_to(folder_path) for path in Path(folder_path).rglob("*") if path.is_file()]
+        paths = filter_repo_objects(map(str, paths), allow_patterns=allow_patterns)
+        self.uploads.append({path: Path(folder_path, path).read_bytes() for path in paths})
 
 
 def test_publishing(build, monkeypatch):
@@ -343,6 +349,7 @@ def test_publishing(build, monkeypatch):
     from transformers_lmeye.modeling import backbones
 
     monkeypatch.setattr(Hub, "uploads", [], raising=False)
+    monkeypatch.setattr(Hub, "calls", [], raising=False)
     monkeypatch.setattr(backbones, "HfApi", Hub)
     model = build()
     with pytest.raises(ValueError, match=r"local folder .*save_backbones=True"):
@@ -359,6 +366,7 @@ def test_publishing_an_ipn_of_published_backbones(build, monkeypatch):
     from transformers_lmeye.modeling import backbones
 
     monkeypatch.setattr(Hub, "uploads", [], raising=False)
+    monkeypatch.setattr(Hub, "calls", [], raising=False)
     monkeypatch.setattr(backbones, "HfApi", Hub)
     model = build()
     model.config.backbones["vision"]["name_or_path"] = "openai/clip-vit-large-patch14"
@@ -380,3 +388,262 @@ def test_weights_without_a_source_cannot_be_saved_alone(build, tmp_path):
     with pytest.raises(ValueError, match="from_vision_language_pretrained"):
         bare.save_pretrained(tmp_path, save_backbones=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_saving_and_publishing_at_once(build, monkeypatch, tmp_path):
+    """The folder is written as without publishing; what was written goes up, with every argument passed on."""
+    from transformers_lmeye.modeling import backbones
+
+    monkeypatch.setattr(Hub, "uploads", [], raising=False)
+    monkeypatch.setattr(Hub, "calls", [], raising=False)
+    monkeypatch.setattr(backbones, "HfApi", Hub)
+    model, folder = build(), tmp_path / "eyes"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("not the model's")
+    with pytest.raises(ValueError, match=r"local folder .*save_backbones=True"):
+        model.save_pretrained(folder, save_backbones=False, push_to_hub=True)
+    assert Hub.calls == [] and [path.name for path in folder.iterdir()] == ["notes.txt"]
+    model.save_pretrained(
+        folder,
+        push_to_hub=True,
+        max_shard_size="20KB",
+        private=True,
+        token="secret",
+        commit_message="Eyes",
+        revision="v2",
+        create_pr=True,
+    )
+    login, repository, upload = Hub.calls
+    assert login == {"token": "secret"}
+    assert repository == {"repo_id": "eyes", "private": True, "exist_ok": True}
+    patterns = upload.pop("delete_patterns")
+    assert upload == {"repo_id": "someone/eyes", "commit_message": "Eyes", "revision": "v2", "create_pr": True}
+    assert "model.safetensors" in patterns, "a file of one kind would be found before the shards of the other"
+    here = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert Hub.uploads == [{name: content for name, content in here.items() if name != "notes.txt"}]
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    assert_equal_weights(model, LMEyeForConditionalGeneration.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("first", ["whole", "sharded", "alone"])
+@pytest.mark.parametrize("second", ["whole", "sharded", "alone"])
+def test_saving_one_kind_over_another(build, tmp_path, first, second):
+    """The folder holds the last save alone, its card included; a card that somebody wrote stays."""
+    kinds = {"whole": {}, "sharded": {"max_shard_size": "20KB"}, "alone": {"save_backbones": False}}
+    model = build()
+    model.save_pretrained(tmp_path / "fresh", **kinds[second])
+    model.save_pretrained(tmp_path / "used", **kinds[first])
+    tiny.randomise_ipn(model)
+    model.save_pretrained(tmp_path / "used", **kinds[second])
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("fresh", "used")]
+    assert names[0] == names[1]
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("fresh", "used")]
+    assert cards[0] == cards[1]
+    assert_equal_weights(model, LMEyeForConditionalGeneration.from_pretrained(tmp_path / "used"))
+    (tmp_path / "used" / "README.md").write_text(cards[0] + "Mine.\n")
+    model.save_pretrained(tmp_path / "used", **kinds[first])
+    assert (tmp_path / "used" / "README.md").read_text() == cards[0] + "Mine.\n"
+
+
+@pytest.mark.parametrize("save_backbones", [True, False])
+def test_given_tensors_and_other_processes(build, tmp_path, save_backbones):
+    """Training split over processes saves the tensors it gathered, from one process."""
+    model = build()
+    model.save_pretrained(tmp_path, is_main_process=False, save_backbones=save_backbones)
+    assert not list(tmp_path.iterdir())
+    gathered = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gathered["ipn.request_token"] += 1.0
+    model.save_pretrained(tmp_path, state_dict=dict(gathered), save_backbones=save_backbones)
+    again = LMEyeForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again.ipn.request_token, model.ipn.request_token + 1.0)
+    if not save_backbones:
+        model.save_pretrained(
+            tmp_path, state_dict={"ipn.request_token": gathered["ipn.request_token"]}, save_backbones=False
+        )
+        assert load_file(tmp_path / "model.safetensors").keys() == {"ipn.request_token"}
+        with pytest.raises(TypeError, match="variant"):
+            model.save_pretrained(tmp_path, save_backbones=False, variant="fp16")
+
+
+@pytest.mark.parametrize("save_backbones", [True, False])
+def test_arguments_of_loading(build, tmp_path, save_backbones):
+    """Both kinds take configuration fields and `output_loading_info`, and neither takes what it does not know."""
+    model = build("llama", "clip_text")
+    model.save_pretrained(tmp_path, save_backbones=save_backbones)
+    load = LMEyeForConditionalGeneration.from_pretrained
+    again = load(tmp_path, fine_grained_dropout=0.2, num_request_rounds=2)
+    assert (again.config.fine_grained_dropout, again.config.num_request_rounds) == (0.2, 2)
+    assert again.train().ipn.training and 0.2 in {m.p for m in again.modules() if isinstance(m, torch.nn.Dropout)}
+    again, info = load(tmp_path, output_loading_info=True)
+    assert_equal_weights(model, again)
+    assert info.keys() >= {"missing_keys", "unexpected_keys", "mismatched_keys"} and not any(info.values())
+    with pytest.raises(TypeError, match="num_request_rouns"):
+        load(tmp_path, num_request_rouns=2)
+    with pytest.raises(ValueError, match="holds no adapter"):
+        load(tmp_path, is_trainable=True)
+    if save_backbones:
+        with pytest.raises(TypeError, match=r"vision_dtype: .* holds its backbones"):
+            load(tmp_path, vision_dtype=torch.bfloat16)
+    else:
+        assert load(tmp_path, vision_dtype=torch.bfloat16).vision_tower.dtype == torch.bfloat16
+
+
+# PEFT reads a property that the library deprecates.
+ignore_peft = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+def with_adapter(model, targets=("q_proj", "v_proj"), **kwargs):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=list(targets))
+    model.language_model = peft.get_peft_model(model.language_model, config, **kwargs)
+    with torch.no_grad():
+        for name, parameter in model.language_model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape))
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**question(model.config)).logits
+
+
+def adapter_names(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if "lora_" in name and parameter.requires_grad}
+
+
+@ignore_peft
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_an_adapter_of_the_language_model(build, tmp_path, name):
+    """It lies beside the IPN, under the same fingerprints, and comes back attached: frozen, or trainable if asked."""
+    model = build()
+    plain = logits(model)
+    model.save_pretrained(tmp_path / "plain", save_backbones=False)
+    with_adapter(model, adapter_name=name)
+    expected = logits(model)
+    assert (expected - plain).abs().max() > 1e-2
+    model.save_pretrained(tmp_path / "ipn", save_backbones=False)
+    assert {path.name for path in (tmp_path / "ipn" / "language_adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("plain", "ipn")]
+    assert configs[0] == configs[1]
+    again = LMEyeForConditionalGeneration.from_pretrained(tmp_path / "ipn")
+    assert torch.equal(logits(again), expected) and not again.training
+    assert not adapter_names(again)
+    trainable = LMEyeForConditionalGeneration.from_pretrained(tmp_path / "ipn", is_trainable=True)
+    assert torch.equal(logits(trainable), expected)
+    assert adapter_names(trainable) == {n for n, _ in trainable.named_parameters() if "lora_" in n} != set()
+    assert not any(p.requires_grad for n, p in trainable.language_model.named_parameters() if "lora_" not in n)
+    model.language_model = model.language_model.unload()
+    model.save_pretrained(tmp_path / "ipn", save_backbones=False)
+    assert not (tmp_path / "ipn" / "language_adapter").exists()
+    assert torch.equal(logits(LMEyeForConditionalGeneration.from_pretrained(tmp_path / "ipn")), plain)
+
+
+@ignore_peft
+def test_an_adapter_from_the_hub(build, tmp_path):
+    """Out of the hub's cache, where files are links and a revision is a folder."""
+    model = with_adapter(build())
+    repository, commit = tmp_path / "models--someone--eyes", "0" * 40
+    model.save_pretrained(repository / "snapshots" / commit, save_backbones=False)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v2").write_text(commit)
+    again = LMEyeForConditionalGeneration.from_pretrained(
+        "someone/eyes", revision="v2", cache_dir=tmp_path, local_files_only=True
+    )
+    assert torch.equal(logits(again), logits(model))
+
+
+@ignore_peft
+def test_an_adapter_that_the_library_attached(build, tmp_path):
+    """`add_adapter` of transformers is PEFT without its wrapper; its files come back the same way."""
+    peft = pytest.importorskip("peft")
+    from transformers_lmeye.modeling.backbones import restore_adapter
+
+    model = build()
+    model.language_model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    expected = logits(model)
+    with pytest.raises(ValueError, match="save_backbones=False"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, save_backbones=False)
+    assert torch.equal(logits(LMEyeForConditionalGeneration.from_pretrained(tmp_path)), expected)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(2.0 if "lora_" in name else 1.0)
+    assert not torch.equal(logits(model), expected)
+    restore_adapter(model.language_model, tmp_path / "language_adapter")
+    assert torch.equal(logits(model), expected)
+
+
+@ignore_peft
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_an_adapter_of_the_embeddings(build, tmp_path):
+    """PEFT saves the embeddings themselves along with it."""
+    model = with_adapter(build(), targets=["embed_tokens", "v_proj"])
+    model.save_pretrained(tmp_path, save_backbones=False)
+    again = LMEyeForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+@ignore_peft
+def test_an_adapter_given_as_tensors(build, tmp_path):
+    model = with_adapter(build())
+    gathered = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in gathered:
+        gathered[name] += 1.0 if "lora_B" in name else 0.0
+    model.save_pretrained(tmp_path, state_dict=gathered, save_backbones=False)
+    again = LMEyeForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, gathered[name]) for name, tensor in again.items())
+
+
+@ignore_peft
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize("damage", ["missing", "left over"])
+def test_an_incomplete_adapter_is_refused(build, tmp_path, damage):
+    with_adapter(build()).save_pretrained(tmp_path, save_backbones=False)
+    path = tmp_path / "language_adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    value = tensors.pop(name) if damage == "missing" else tensors[name]
+    if damage == "left over":
+        name = name.replace("q_proj", "o_proj")
+        tensors[name] = value.clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{damage}: {re.escape(name)}"):
+        LMEyeForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@ignore_peft
+def test_a_whole_with_an_unmerged_adapter_is_refused(build, monkeypatch, tmp_path):
+    from transformers_lmeye.modeling import backbones
+
+    monkeypatch.setattr(Hub, "uploads", [], raising=False)
+    monkeypatch.setattr(Hub, "calls", [], raising=False)
+    monkeypatch.setattr(backbones, "HfApi", Hub)
+    model = with_adapter(build())
+    expected = logits(model)
+    remedies = r"merge_and_unload\(\).*save_backbones=False"
+    with pytest.raises(ValueError, match=remedies):
+        model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match=remedies):
+        model.push_to_hub("someone/eyes")
+    assert not (tmp_path / "whole").exists() and Hub.calls == []
+    model.language_model.add_adapter("second", model.language_model.peft_config["default"])
+    with pytest.raises(ValueError, match=r"default, second, .*delete_adapter"):
+        model.save_pretrained(tmp_path / "ipn", save_backbones=False)
+    assert not (tmp_path / "ipn").exists()
+    model.language_model = model.language_model.merge_and_unload()
+    model.save_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(logits(LMEyeForConditionalGeneration.from_pretrained(tmp_path / "whole")), expected)
+
+
+@ignore_peft
+def test_an_adapter_needs_peft(build, monkeypatch, tmp_path):
+    import sys
+
+    with_adapter(build()).save_pretrained(tmp_path, save_backbones=False)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"language_adapter holds a PEFT adapter .*: pip install peft"):
+        LMEyeForConditionalGeneration.from_pretrained(tmp_path)

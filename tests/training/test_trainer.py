@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from transformers_lmeye import LMEyeForConditionalGeneration
-from transformers_lmeye.training import LMEyeTrainer, StageTrainingArguments, write_learning_curve
+from transformers_lmeye.training import (
+    LMEyeTrainer,
+    ModelArguments,
+    StageTrainingArguments,
+    load_model,
+    write_learning_curve,
+)
 from transformers_lmeye.training.collators import pad_right
 
 
@@ -177,6 +183,102 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(build, tmp_path, sta
     curves = [json.loads((tmp_path / run / "learning_curve.json").read_text()) for run in ("whole", "cut")]
     assert curves[0]["loss"] == curves[1]["loss"]
     assert [point["step"] for point in curves[0]["loss"]] == [1, 2, 3, 4, 5]
+
+
+# PEFT reads a property that the library deprecates.
+ignore_peft = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+def _with_adapter(model):
+    peft = pytest.importorskip("peft")
+    model.language_model = peft.get_peft_model(
+        model.language_model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    )
+    return model
+
+
+@ignore_peft
+def test_a_resumed_run_of_an_adapter_ends_where_an_uninterrupted_one_does(build, tmp_path):
+    """Bit for bit, in a new process's model: loaded from the checkpoint, or built as before; and it still trains."""
+    model = build("llama", "clip_text")
+    model.save_pretrained(tmp_path / "start", save_backbones=False)
+    samples = _samples(model.config, LAYOUTS["instruct"])
+    model.freeze_for_stage("instruct")
+    _with_adapter(model)
+    start = _state(model)
+    run = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    _trainer(model, tmp_path / "whole", samples, **run).train()
+    whole = _state(model)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    again = LMEyeForConditionalGeneration.from_pretrained(checkpoint)
+    assert any("lora_B" in name and bool(tensor.any()) for name, tensor in again.state_dict().items())
+    moved = [n for n in whole if "lora_" in n and not torch.equal(whole[n], again.state_dict()[n])]
+    assert moved, "the adapter trains on after the checkpoint"
+
+    built = LMEyeForConditionalGeneration.from_pretrained(tmp_path / "start")
+    built.freeze_for_stage("instruct")
+    _with_adapter(built)
+    loaded = LMEyeForConditionalGeneration.from_pretrained(checkpoint, is_trainable=True)
+    loaded.freeze_for_stage("instruct")
+    loaded.language_model.set_requires_grad("default")
+    for resumed in (built, loaded):
+        torch.manual_seed(123)  # whatever a new process's random numbers are
+        _trainer(resumed, tmp_path / "whole", samples, **run).train(resume_from_checkpoint=checkpoint)
+        for name, tensor in resumed.state_dict().items():
+            assert torch.equal(tensor, whole[name]), name
+    assert whole.keys() == start.keys()
+
+
+@ignore_peft
+def test_the_best_checkpoint_of_an_adapter(build, tmp_path):
+    model = build("llama", "clip_text")
+    samples = _samples(model.config, LAYOUTS["instruct"])
+    model.freeze_for_stage("instruct")
+    _with_adapter(model)
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = _trainer(
+        model,
+        tmp_path,
+        samples,
+        eval_dataset=samples[:3],
+        max_steps=4,
+        learning_rate=0.5,
+        save_total_limit=4,
+        load_best_model_at_end=True,
+        **evaluation,
+    )
+    trainer.train()
+    curve = json.loads((tmp_path / "learning_curve.json").read_text())
+    best = min(curve["eval_loss"], key=lambda point: point["eval_loss"])
+    assert best["step"] < 4, "the last checkpoint would not tell"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best["eval_loss"], abs=1e-5)
+
+
+@ignore_peft
+def test_resuming_with_an_adapter_that_one_side_lacks_is_refused(build, tmp_path):
+    run = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    plain, adapted = build("llama", "clip_text"), build("llama", "clip_text")
+    samples = _samples(plain.config, LAYOUTS["instruct"])
+    for model, name in ((plain, "plain"), (adapted, "adapted")):
+        model.freeze_for_stage("instruct")
+        if name == "adapted":
+            _with_adapter(model)
+        _trainer(model, tmp_path / name, samples, callbacks=[_StopAt(1)], **run).train()
+    with pytest.raises(ValueError, match="holds an adapter of the language model, and the model has none"):
+        _trainer(plain, tmp_path, samples, **run).train(resume_from_checkpoint=str(tmp_path / "adapted/checkpoint-1"))
+    with pytest.raises(ValueError, match="holds no adapter of the language model, and the model has one"):
+        _trainer(adapted, tmp_path, samples, **run).train(resume_from_checkpoint=str(tmp_path / "plain/checkpoint-1"))
+
+
+def test_a_new_model_with_another_text_encoder(folders):
+    """`--clip_text_model_name_or_path` reaches the model where the vision model has no text encoder."""
+    arguments = ModelArguments(
+        vision_model_name_or_path=str(folders.tower("siglip")),
+        language_model_name_or_path=str(folders.language()),
+        clip_text_model_name_or_path=str(folders.vision()),
+    )
+    model, _ = load_model(arguments)
+    assert model.config.backbones["clip_text"]["name_or_path"] == str(folders.vision())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "activation checkpointing"])

@@ -1,7 +1,10 @@
 """Loading frozen backbones, and saving and publishing an LMEye with or without them."""
 
 import inspect
+import json
 import os
+import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +29,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import (
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 
 from .configuration_lmeye import LMEyeConfig
 from .fingerprints import check_fingerprint, fingerprint, weight_files
@@ -45,8 +54,14 @@ logger = logging.get_logger(__name__)
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 BACKBONE_KWARGS = ("attn_implementation", "device_map", "dtype", "low_cpu_mem_usage", "max_memory", "offload_folder")
+PUSH_KWARGS = ("repo_id", "private", "token", "revision", "create_pr", "commit_message")
+# Arguments of `from_pretrained` that an Auto class or a loading script passes and that say nothing to an IPN alone.
+IDLE_KWARGS = ("adapter_kwargs", "code_revision", "use_safetensors", "weights_only")
 # The parts a model is loaded from, and the prefix of arguments meant for one of them.
 ROLES = ("vision", "language", "clip_text")
+# Folder beside an IPN's weights that holds a PEFT adapter of its language model.
+ADAPTER_FOLDER = "language_adapter"
+SHARD_PATTERN = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def language_model_widths(language_model: PreTrainedModel) -> tuple[int, int]:
@@ -401,6 +416,7 @@ class LMEyeCheckpointMixin:
         language_model_name_or_path: str | None = None,
         clip_text_model_name_or_path: str | None = None,
         backbone_trust_remote_code: bool = False,
+        is_trainable: bool = False,
         **kwargs: Any,
     ):
         """
@@ -412,12 +428,18 @@ class LMEyeCheckpointMixin:
                 other locations of the same backbones, for a checkpoint that holds the IPN alone. One location serves
                 all parts that came from the same checkpoint.
             backbone_trust_remote_code (`bool`): whether a backbone may run code of its own repository.
-            kwargs: as in `PreTrainedModel.from_pretrained`; `dtype`, `device_map`, `attn_implementation`,
-                `quantization_config`, `token`, `cache_dir` and `local_files_only` reach the backbones.
+            is_trainable (`bool`): whether the language model's adapter that was saved with an IPN trains on, as in
+                PEFT; without it the adapter is frozen like the rest of the language model.
+            kwargs: as in `PreTrainedModel.from_pretrained`, fields of [`LMEyeConfig`] among them; `dtype`,
+                `device_map`, `attn_implementation`, `quantization_config`, `token`, `cache_dir` and
+                `local_files_only` reach the backbones; for a checkpoint that holds the IPN alone, loading arguments
+                prefixed `vision_`, `language_` or `clip_text_` reach one of them.
 
         Raises:
-            ValueError: a backbone's weights are not those the IPN was trained on; the IPN's own weights are
-                incomplete.
+            ImportError: the IPN was saved with an adapter of the language model, and PEFT is not installed.
+            TypeError: an argument is unknown, or meant for a backbone of a whole checkpoint.
+            ValueError: a backbone's weights are not those the IPN was trained on; the IPN's or the adapter's own
+                weights are incomplete; there is no adapter that could be trainable.
         """
         own = config
         if own is None:
@@ -429,6 +451,14 @@ class LMEyeCheckpointMixin:
                     f"{pretrained_model_name_or_path} holds its backbones: other locations are for a checkpoint that "
                     "holds the IPN alone (save_pretrained(..., save_backbones=False))."
                 )
+            if prefixed := [n for n in kwargs if n.startswith(tuple(f"{r}_" for r in ROLES)) and not hasattr(own, n)]:
+                raise TypeError(
+                    f"{', '.join(prefixed)}: {pretrained_model_name_or_path} holds its backbones, which are loaded as "
+                    "one. Arguments for a single backbone are for the factories and for a checkpoint that holds the "
+                    "IPN alone."
+                )
+            if is_trainable:
+                raise ValueError(_no_adapter(pretrained_model_name_or_path))
             extra = {} if config is None else {"config": config}
             with_info = kwargs.pop("output_loading_info", False)
             model, info = super().from_pretrained(
@@ -447,97 +477,211 @@ class LMEyeCheckpointMixin:
             "clip_text": clip_text_model_name_or_path,
         }
         return cls._from_interactive_perception_network(
-            pretrained_model_name_or_path, own, locations, backbone_trust_remote_code, kwargs
+            pretrained_model_name_or_path, config, locations, backbone_trust_remote_code, is_trainable, kwargs
         )
 
     @classmethod
-    def _from_interactive_perception_network(cls, path, config, locations, backbone_trust_remote_code, kwargs):
+    def _from_interactive_perception_network(
+        cls, path, config, locations, backbone_trust_remote_code, is_trainable, kwargs
+    ):
         own_hub_kwargs = _hub_kwargs(kwargs)
         own_hub_kwargs.update({name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs})
-        weights = load_file(cached_file(path, SAFE_WEIGHTS_NAME, **own_hub_kwargs))
+        with_info = kwargs.pop("output_loading_info", False)
         options = _split_loading_kwargs(kwargs)
         options["language"]["trust_remote_code"] = backbone_trust_remote_code
+        kwargs = {
+            name: value for name, value in kwargs.items() if name not in IDLE_KWARGS and not name.startswith("_")
+        }
+        if config is None:
+            config, kwargs = cls.config_class.from_pretrained(
+                path, return_unused_kwargs=True, **own_hub_kwargs, **kwargs
+            )
+        if kwargs:
+            raise TypeError(
+                f"{', '.join(sorted(kwargs))}: neither a field of LMEyeConfig nor an argument that loads an IPN and "
+                "its backbones."
+            )
+        adapter = cached_file(
+            path,
+            f"{ADAPTER_FOLDER}/adapter_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            **own_hub_kwargs,
+        )
+        if adapter is not None:
+            cached_file(path, f"{ADAPTER_FOLDER}/adapter_model.safetensors", **own_hub_kwargs)  # beside the other
+        elif is_trainable:
+            raise ValueError(_no_adapter(path))
+        weights = load_file(cached_file(path, SAFE_WEIGHTS_NAME, **own_hub_kwargs))
         sources = _locate_backbones(path, config.backbones, locations, options)
         model = cls(config, **load_backbones(config, sources, options))
         expected = model.interactive_perception_state_dict()
-        problems = [f"missing: {name}" for name in expected.keys() - weights.keys()]
-        problems += [f"left over: {name}" for name in weights.keys() - expected.keys()]
-        problems += [
-            f"shape of {name}: {list(weights[name].shape)}, expected {list(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in weights and weights[name].shape != tensor.shape
-        ]
-        if problems:
-            raise ValueError(
-                f"The IPN's weights at {path} do not fit its configuration:\n" + "\n".join(sorted(problems))
-            )
+        _check_tensors(f"The IPN's weights at {path} do", expected, weights)
         with torch.no_grad():
             for name, tensor in expected.items():
                 tensor.copy_(weights[name])
+        if adapter is not None:
+            model.language_model = _with_adapter(model.language_model, Path(adapter).parent, is_trainable)
         model.name_or_path = str(path)
         if cached_file(path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **own_hub_kwargs):
             model.generation_config = GenerationConfig.from_pretrained(path, **own_hub_kwargs)
-        return _placed(model)
+        model = _placed(model)
+        if not with_info:
+            return model
+        # Whatever did not fit has been an error.
+        info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return model, info
 
-    def interactive_perception_state_dict(self) -> dict[str, torch.Tensor]:
-        """The IPN's trained tensors under their names in the model; CLIP's frozen text encoder is not among them."""
+    def interactive_perception_state_dict(
+        self, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """
+        The IPN's trained tensors under their names in the model; CLIP's frozen text encoder is not among them.
+
+        Args:
+            state_dict (`dict`, *optional*): what to take them from, by default `self.state_dict()`.
+        """
         frozen = "ipn.interaction." if self.config.interaction == "clip_text" else None
         return {
             name: tensor
-            for name, tensor in self.state_dict().items()
+            for name, tensor in (self.state_dict() if state_dict is None else state_dict).items()
             if name.startswith("ipn.") and not (frozen and name.startswith(frozen))
         }
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, save_backbones: bool = True, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        *,
+        save_backbones: bool = True,
+        **kwargs: Any,
     ) -> None:
         """
         Saves weights, configuration, a model card and the code that loads them without this package.
 
+        Weight files of an earlier save that the new ones replace are removed from the folder.
+
         Args:
             save_directory (`str`): a folder.
+            is_main_process (`bool`): `False` writes nothing.
+            state_dict (`dict`, *optional*): the tensors to save under their names in the model, where the model's own
+                are split over processes; an IPN saved alone takes its own out of them.
+            push_to_hub (`bool`): whether to upload what was saved as well; `repo_id` (by default the folder's name),
+                `private`, `token`, `revision`, `create_pr` and `commit_message` go to `push_to_hub`.
+            max_shard_size (`int` or `str`): of a whole checkpoint's files; an IPN is one file.
             save_backbones (`bool`): `False` saves the IPN alone, with the backbones' names, revisions and
-                fingerprints.
-            args, kwargs: as in `PreTrainedModel.save_pretrained`.
+                fingerprints. A PEFT adapter of the language model is saved beside it, in `language_adapter`.
+            kwargs: as in `PreTrainedModel.save_pretrained`.
 
         Raises:
-            ValueError: `save_backbones=False`, and the backbones were not loaded from anywhere.
+            TypeError: an argument has no meaning for an IPN saved alone.
+            ValueError: `save_backbones=False`, and the backbones were not loaded from anywhere; or `True`, and the
+                language model has an adapter that is not merged into it.
         """
-        if kwargs.pop("push_to_hub", False):
-            return self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), save_backbones=save_backbones)
+        push = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
+        self._check_can_be_saved(save_backbones, kwargs)
         folder = Path(save_directory)
-        if not save_backbones and not self.config.backbones:
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file; save_pretrained needs a folder.")
+        if push_to_hub and is_main_process:
+            self._check_can_be_published(save_backbones)
+            api, repo_id = _hub_repository(
+                push.pop("repo_id", folder.name), push.pop("private", None), push.pop("token", None)
+            )
+            before = _times(folder)
+        if is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.config.includes_backbones = save_backbones
+        try:
+            if save_backbones:
+                super().save_pretrained(
+                    save_directory,
+                    is_main_process=is_main_process,
+                    state_dict=state_dict,
+                    max_shard_size=max_shard_size,
+                    **kwargs,
+                )
+            elif is_main_process:
+                self._save_interactive_perception_network(folder, state_dict)
+        finally:
+            self.config.includes_backbones = True
+        if not is_main_process:
+            return
+        _remove_replaced_weights(folder, save_backbones)
+        custom_object_save(self, folder)
+        card = folder / "README.md"
+        cards = [model_card(self.config, kind) for kind in (save_backbones, not save_backbones)]
+        if not card.exists() or card.read_text(encoding="utf-8") in cards:
+            card.write_text(cards[0], encoding="utf-8")
+        if push_to_hub:
+            written = [name for name, time in _times(folder).items() if before.get(name) != time]
+            _upload(api, repo_id, folder, allow_patterns=written, **push)
+
+    def _check_can_be_saved(self, save_backbones: bool, kwargs: dict[str, Any]) -> None:
+        adapters = list(getattr(self.language_model, "peft_config", None) or {})
+        if save_backbones:
+            if adapters:
+                raise ValueError(
+                    "The language model has a PEFT adapter, which a whole checkpoint cannot hold apart from it. Merge "
+                    "it (model.language_model = model.language_model.merge_and_unload()), or save the IPN and the "
+                    "adapter without the backbones (save_backbones=False)."
+                )
+            return
+        if not self.config.backbones:
             raise ValueError(
                 "The backbones of this model were not loaded from a checkpoint, so an IPN saved alone could never "
                 "find them again: build the model with from_vision_language_pretrained, or save it whole."
             )
-        if folder.is_file():
-            raise ValueError(f"{folder} is a file; save_pretrained needs a folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.config.includes_backbones = save_backbones
-        try:
-            if save_backbones:
-                super().save_pretrained(save_directory, *args, **kwargs)
-            else:
-                self._save_interactive_perception_network(folder)
-        finally:
-            self.config.includes_backbones = True
-        custom_object_save(self, folder)
-        card = folder / "README.md"
-        if not card.exists():
-            card.write_text(model_card(self.config, save_backbones))
+        if len(adapters) > 1:
+            raise ValueError(
+                f"The language model has the adapters {', '.join(adapters)}, and one is saved with an IPN: delete the "
+                "others (model.language_model.delete_adapter)."
+            )
+        if unknown := kwargs.keys() - {"token", "safe_serialization", "save_original_format", "save_peft_format"}:
+            raise TypeError(f"{', '.join(sorted(unknown))}: no argument that says anything to an IPN saved alone.")
 
-    def _save_interactive_perception_network(self, folder: Path) -> None:
+    def _save_interactive_perception_network(
+        self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
         self.config.architectures = [type(self).__name__]
-        tensors = {
-            name: tensor.detach().contiguous() for name, tensor in self.interactive_perception_state_dict().items()
-        }
+        own = self.interactive_perception_state_dict(state_dict)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in own.items()}
         # Written beside and moved into place: a reader finds the old file or the new one, never half of one.
         partial = folder / f".{SAFE_WEIGHTS_NAME}.partial"
         save_file(tensors, partial, metadata={"format": "pt"})
         self.config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
+        if getattr(self.language_model, "peft_config", None):
+            self._save_adapter(folder, state_dict)
+        elif (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
+            shutil.rmtree(folder / ADAPTER_FOLDER)
         os.replace(partial, folder / SAFE_WEIGHTS_NAME)
+
+    def _save_adapter(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        (name,) = self.language_model.peft_config
+        if state_dict is not None:
+            prefix = "language_model."
+            state_dict = {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)}
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{ADAPTER_FOLDER}.") as partial:
+            written = Path(partial, ADAPTER_FOLDER)
+            self.language_model.save_pretrained(str(written), state_dict=state_dict)
+            if (written / name).is_dir():  # where PEFT puts an adapter of another name than "default"
+                written = written / name
+            shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)
+            os.replace(written, folder / ADAPTER_FOLDER)
+
+    def _check_can_be_published(self, save_backbones: bool) -> None:
+        if save_backbones:
+            return
+        for role, source in (self.config.backbones or {}).items():
+            if _is_local(source["name_or_path"]):
+                raise ValueError(
+                    f"The {role} model's location is the local folder {source['name_or_path']}, which nobody else "
+                    "has: publish the backbone and build the model from its hub id, or publish with "
+                    "save_backbones=True."
+                )
 
     def push_to_hub(
         self,
@@ -561,27 +705,112 @@ class LMEyeCheckpointMixin:
             kwargs: as in `save_pretrained`, such as `max_shard_size`.
 
         Raises:
-            ValueError: the IPN alone is to be published, and a backbone's location is a local folder.
+            ValueError: the IPN alone is to be published, and a backbone's location is a local folder; or see
+                `save_pretrained`.
         """
-        if not save_backbones:
-            for role, source in (self.config.backbones or {}).items():
-                if _is_local(source["name_or_path"]):
-                    raise ValueError(
-                        f"The {role} model's location is the local folder {source['name_or_path']}, which nobody else "
-                        "has: publish the backbone and build the model from its hub id, or publish with "
-                        "save_backbones=True."
-                    )
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        self._check_can_be_published(save_backbones)
+        self._check_can_be_saved(save_backbones, kwargs)
+        api, repo_id = _hub_repository(repo_id, private, token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, save_backbones=save_backbones, **kwargs)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
+            return _upload(api, repo_id, folder, revision=revision, create_pr=create_pr, commit_message=commit_message)
+
+
+def restore_adapter(language_model: nn.Module, folder: str | os.PathLike) -> None:
+    """
+    Copies the tensors of a saved PEFT adapter into the one that is attached to a language model.
+
+    Args:
+        language_model (`nn.Module`): with one adapter; what trains of it goes on training.
+        folder (`str`): where PEFT saved one.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: the two differ in names or shapes of their tensors.
+    """
+    try:
+        from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    except ImportError as error:
+        raise ImportError(_needs_peft(folder)) from error
+    (adapter,) = language_model.peft_config
+    expected = get_peft_model_state_dict(language_model, adapter_name=adapter, save_embedding_layers=False)
+    weights = load_peft_weights(str(folder), device="cpu")
+    if not isinstance(language_model, PeftModel):  # attached by the library's own `add_adapter`
+        weights = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+    # Beside the adapter's own, PEFT saves embeddings of the language model where they may have changed.
+    known = language_model.state_dict()
+    expected |= {name: known[name] for name in weights.keys() & known.keys()}
+    _check_tensors(f"The language model's adapter at {folder} does", expected, weights)
+    set_peft_model_state_dict(language_model, weights, adapter_name=adapter)
+
+
+def _with_adapter(language_model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError(_needs_peft(folder)) from error
+    adapted = PeftModel.from_pretrained(language_model, str(folder), is_trainable=is_trainable)
+    restore_adapter(adapted, folder)  # PEFT itself lets tensors be missing or left over
+    return adapted
+
+
+def _needs_peft(folder: str | os.PathLike) -> str:
+    return f"{folder} holds a PEFT adapter of the language model: pip install peft."
+
+
+def _no_adapter(path: str | os.PathLike) -> str:
+    return (
+        f"{path} holds no adapter of the language model that could be trainable: leave is_trainable out, or attach "
+        "one with peft.get_peft_model after loading."
+    )
+
+
+def _check_tensors(problem: str, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    problems = [f"missing: {name}" for name in expected.keys() - found.keys()]
+    problems += [f"left over: {name}" for name in found.keys() - expected.keys()]
+    problems += [
+        f"shape of {name}: {list(found[name].shape)}, expected {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        raise ValueError(f"{problem} not fit:\n" + "\n".join(sorted(problems)))
+
+
+def _remove_replaced_weights(folder: Path, save_backbones: bool) -> None:
+    """Takes the weight files of an earlier save of another kind out of a folder that holds the new ones."""
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if save_backbones:
+        if (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
+            shutil.rmtree(folder / ADAPTER_FOLDER)
+        if not (index.is_file() and single.is_file()):
+            return
+        # The library removes earlier shards before it writes, so an index that finds its own is the new one.
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        (single if all((folder / shard).is_file() for shard in shards) else index).unlink()
+        return
+    for file in [index, *folder.iterdir()]:
+        if file.is_file() and (file == index or SHARD_PATTERN.fullmatch(file.name)):
+            file.unlink()
+
+
+def _times(folder: Path) -> dict[str, int]:
+    return {
+        file.relative_to(folder).as_posix(): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()
+    }
+
+
+def _hub_repository(repo_id: str, private: bool | None, token: str | bool | None) -> tuple[HfApi, str]:
+    api = HfApi(token=token)
+    return api, api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+def _upload(api: HfApi, repo_id: str, folder: str | os.PathLike, commit_message: str = "Upload LMEye", **kwargs: Any):
+    # Weights of another kind that the repository holds would be found before the new ones.
+    replaced = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*-of-*.safetensors", f"{ADAPTER_FOLDER}/*"]
+    return api.upload_folder(
+        repo_id=repo_id, folder_path=folder, commit_message=commit_message, delete_patterns=replaced, **kwargs
+    )
 
 
 def model_card(config: LMEyeConfig, save_backbones: bool) -> str:
@@ -818,4 +1047,4 @@ def _placed(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-__all__ = ["LMEyeCheckpointMixin", "first_slot_id", "language_model_widths"]
+__all__ = ["ADAPTER_FOLDER", "LMEyeCheckpointMixin", "first_slot_id", "language_model_widths", "restore_adapter"]

@@ -21,10 +21,20 @@ class ModelArguments:
         metadata={"help": "LMEye checkpoint to go on from, whole or IPN-only. Without it a new IPN is made."},
     )
     vision_model_name_or_path: str = field(
-        default="openai/clip-vit-large-patch14", metadata={"help": "CLIP of a new model: hub id or folder."}
+        default="openai/clip-vit-large-patch14",
+        metadata={
+            "help": "Vision model of a new model, such as CLIP, SigLIP or BLIP-2: hub id, folder, open_clip name."
+        },
     )
     language_model_name_or_path: str = field(
-        default="facebook/opt-iml-1.3b", metadata={"help": "Causal language model of a new model: hub id or folder."}
+        default="facebook/opt-iml-1.3b",
+        metadata={
+            "help": "Language model of a new model, causal or encoder-decoder, or a BLIP-2's: hub id or folder."
+        },
+    )
+    clip_text_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "CLIP whose text encoder clip_text uses in a new model; by default the vision model's own."},
     )
     interaction: Literal["clip_text", "cross_attention", "none"] = field(
         default="clip_text", metadata={"help": "How a new model answers requests (LMEyeConfig.interaction)."}

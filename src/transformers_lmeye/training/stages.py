@@ -32,7 +32,9 @@ def load_model(arguments: ModelArguments, seed: int = 42) -> tuple[LMEyeForCondi
     backbones = (arguments.vision_model_name_or_path, arguments.language_model_name_or_path)
     options["trust_remote_code"] = arguments.trust_remote_code
     fields = arguments.config_fields()
-    model = LMEyeForConditionalGeneration.from_vision_language_pretrained(*backbones, **fields, **options)
+    model = LMEyeForConditionalGeneration.from_vision_language_pretrained(
+        *backbones, clip_text_model_name_or_path=arguments.clip_text_model_name_or_path, **fields, **options
+    )
     processor = LMEyeProcessor.from_vision_language_pretrained(
         *backbones,
         num_static_tokens=model.config.num_static_tokens,

@@ -13,6 +13,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import CONFIG_NAME
 
+from ..modeling.backbones import ADAPTER_FOLDER, restore_adapter
+
 
 class LMEyeTrainer(Trainer):
     """
@@ -20,7 +22,8 @@ class LMEyeTrainer(Trainer):
 
     Call `model.freeze_for_stage` first: what it leaves trainable is what is trained. A checkpoint holds the IPN and
     the state of optimizer, schedule and random numbers, megabytes whatever the language model; it is whole only where
-    the backbones have no source to be loaded from again.
+    the backbones have no source to be loaded from again. A PEFT adapter of the language model is saved with the IPN
+    and restored with it.
 
     Training and evaluation loss are sums over all target tokens divided by their number, across gradient accumulation,
     batches and processes: a short answer counts as many tokens as it has. The learning curve is written to
@@ -84,6 +87,30 @@ class LMEyeTrainer(Trainer):
                     f"{backbones[role]['name_or_path']}: resume with the one it was trained with."
                 )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore_adapter(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._restore_adapter(self.state.best_model_checkpoint)
+
+    def _restore_adapter(self, checkpoint: str) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # their own files hold every parameter
+        language_model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).language_model
+        folder = Path(checkpoint) / ADAPTER_FOLDER
+        saved, attached = folder.is_dir(), bool(getattr(language_model, "peft_config", None))
+        if saved and not attached:
+            raise ValueError(
+                f"{checkpoint} holds an adapter of the language model, and the model has none: attach one of the same "
+                "configuration with peft.get_peft_model."
+            )
+        if attached and not saved:
+            raise ValueError(
+                f"{checkpoint} holds no adapter of the language model, and the model has one: resume without it, or "
+                "load the checkpoint with from_pretrained, attach the adapter and start anew."
+            )
+        if attached:
+            restore_adapter(language_model, folder)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         # An IPN-only checkpoint lacks the backbones, which came from their own source. It may lack nothing else.
