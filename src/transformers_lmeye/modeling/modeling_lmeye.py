@@ -36,6 +36,7 @@ from .segments import (
     SegmentPlan,
     cache_length,
     counts_columns,
+    is_foreign,
     is_recurrent,
     padded_left_only,
     plan_segments,
@@ -395,9 +396,9 @@ class LMEyeForConditionalGeneration(
         rows, columns = is_image.nonzero().T
         return rows[::per_image], columns[::per_image]
 
-    def _images_before(self, sequence: LaidOutBatch, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    def _images_before(self, laid_out: LaidOutBatch, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """The images each request sees: all of its row that stand before it. Int `[R, I]`, -1 is padding."""
-        seen = (sequence.image_rows == rows[:, None]) & (sequence.image_columns < columns[:, None])  # [R, N]
+        seen = (laid_out.image_rows == rows[:, None]) & (laid_out.image_columns < columns[:, None])  # [R, N]
         blind = (~seen.any(dim=1)).nonzero().flatten().tolist()
         if blind:
             raise ValueError(
@@ -527,7 +528,7 @@ class LMEyeForConditionalGeneration(
         kwargs,
     ) -> dict[str, Any]:
         """Words alone: the language model as it is."""
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:  # static caches have masks made
             _check_columns(past_key_values, attention_mask)
             if position_ids is None and getattr(past_key_values, "is_of_images", False):
                 positions = attention_mask.long().cumsum(dim=1).clamp(min=1) - 1 + self._position_of_first_word
@@ -565,13 +566,13 @@ class LMEyeForConditionalGeneration(
         if start and attention_mask is not None and attention_mask.shape[1] == input_ids.shape[1] + start:
             past = input_ids.new_zeros(input_ids.shape[0], start)
             input_ids = torch.cat([past, input_ids], dim=1)
-        sequence = self._embed(input_ids, attention_mask, image_features, start)
-        plan = self._plan(input_ids, sequence)
+        laid_out = self._embed(input_ids, attention_mask, image_features, start)
+        plan = self._plan(input_ids, laid_out)
         widths = [segment.columns.shape[1] for segment in plan.segments]
         keep_last = logits_to_keep if isinstance(logits_to_keep, int) and plan.contiguous else 0
         num_logits = _last_columns(widths, keep_last) if keep_last else widths
-        reading = self._sweep(sequence, plan, past_key_values, num_logits, output_hidden_states)
-        _note_columns(reading, sequence.attention_mask)
+        reading = self._sweep(laid_out, plan, past_key_values, num_logits, output_hidden_states)
+        _note_columns(reading, laid_out.attention_mask)
         logits = torch.cat(reading.logits, dim=1)
         hidden_states = None
         if output_hidden_states:
@@ -588,7 +589,7 @@ class LMEyeForConditionalGeneration(
             "logits": logits,
             "past_key_values": reading.cache,
             "hidden_states": hidden_states,
-            "image_hidden_states": sequence.static_tokens,
+            "image_hidden_states": laid_out.static_tokens,
         }
 
     def perceive(
@@ -627,10 +628,10 @@ class LMEyeForConditionalGeneration(
                 )
                 static_tokens, found = encoding.static_tokens, encoding.perceptions
             else:
-                sequence = self._embed(input_ids, attention_mask, image_features)
-                plan = self._plan(input_ids, sequence)
-                static_tokens = sequence.static_tokens
-                found = self._sweep(sequence, plan, return_weights=True).perceptions
+                laid_out = self._embed(input_ids, attention_mask, image_features)
+                plan = self._plan(input_ids, laid_out)
+                static_tokens = laid_out.static_tokens
+                found = self._sweep(laid_out, plan, return_weights=True).perceptions
         perception = LMEyePerception(image_features=image_features, image_hidden_states=static_tokens)
         if not found:
             return perception
@@ -778,13 +779,13 @@ class LMEyeForConditionalGeneration(
                 f"past_key_values holds {start} columns, input_ids only {input_ids.shape[1]}: pass the whole "
                 "conversation, earlier turns included, and at least one new token."
             )
-        sequence = self._embed(input_ids, attention_mask, image_features, start)
-        plan = self._plan(input_ids, sequence)
+        laid_out = self._embed(input_ids, attention_mask, image_features, start)
+        plan = self._plan(input_ids, laid_out)
         last = plan.segments[-1]
         num_logits = [0] * len(plan.segments)
         num_logits[-1] = 1 if last.right_aligned else last.columns.shape[1]
-        reading = self._sweep(sequence, plan, past_key_values, num_logits, output_hidden_states)
-        _note_columns(reading, sequence.attention_mask)
+        reading = self._sweep(laid_out, plan, past_key_values, num_logits, output_hidden_states)
+        _note_columns(reading, laid_out.attention_mask)
         logits = reading.logits[-1]
         if not last.right_aligned:
             logits = take_columns(logits, last_place(last.valid))
@@ -859,7 +860,7 @@ class LMEyeForConditionalGeneration(
     ) -> Cache | None:
         """The prompt's cache, copied into the empty cache that was given or into one of the kind asked for."""
         kind, text_config = setting("cache_implementation"), self.config.get_text_config(decoder=True)
-        if cache is None or is_recurrent(cache):
+        if cache is None or is_recurrent(cache) or is_foreign(cache):
             if kind not in (None, "dynamic", "hybrid"):
                 raise ValueError(
                     f"{type(self.language_model).__name__} keeps a state of its own kind, which cannot be copied into "

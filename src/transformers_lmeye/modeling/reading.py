@@ -3,13 +3,15 @@
 How a request is read follows from what the model keeps of the words before it:
 
 - keys and values: prefix and request token are read in one forward, and the token is dropped from the cache;
-- recurrent states, which nothing can be dropped from: the request is read behind a copy of the cache;
+- recurrent states, which nothing can be dropped from: the request is read behind a copy of the cache; so it is where
+  a cache is given that drops columns itself or has them at fixed places;
 - nothing that a longer text could be read behind: the whole text is read again for every request.
 
 Rows of unlike lengths share a batch where the model ignores padding, else rows of equal lengths are read together.
 """
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.utils.generic import maybe_autocast
 
 from .interactive_perception import ImageFeatures
 from .segments import (
@@ -36,6 +39,10 @@ from .segments import (
     roll_padding_left,
     select_rows,
 )
+
+
+# PyTorch numbers hooks without a lock: two threads could get the same number, and lose one of two hooks.
+_HOOKS_CHANGE = threading.Lock()
 
 
 @dataclass
@@ -64,8 +71,8 @@ class Reading:
 
 
 @dataclass
-class _Wish:
-    """What a sweep is to bring besides requests."""
+class WantedOutputs:
+    """What a sweep is to gather besides requests."""
 
     num_logits: list[int] | None  # of each segment, how many of its last columns; `None` stops at the last request
     hidden_states: bool
@@ -102,11 +109,19 @@ def _first_position(decoder: nn.Module) -> int:
 
 
 class _FoundByTrying(cached_property):
-    """A cached property that runs the language model, whose errors must not pass for a missing attribute."""
+    """A cached property that runs the language model, whose errors must not pass for a missing attribute.
+
+    What it finds holds for every later call, so it runs in the model's own precision and without a graph, whatever
+    the first call is wrapped in.
+    """
 
     def __get__(self, instance, owner=None):
+        if instance is None:
+            return self
+        device = instance.ipn.image_token.device
         try:
-            return super().__get__(instance, owner)
+            with torch.no_grad(), maybe_autocast(device.type, enabled=False):
+                return super().__get__(instance, owner)
         except AttributeError as error:
             raise RuntimeError(f"{type(instance.language_model).__name__} cannot be read with: {error}") from error
 
@@ -134,10 +149,8 @@ class SegmentReadingMixin:
         """Whether the language model reads behind a cache of Transformers' own classes, and says what it keeps."""
         if self._cache_name not in self._accepted or not self.language_model._supports_default_dynamic_cache():
             return False
-        try:
-            return not is_foreign(self._empty_cache())
-        except AttributeError:  # its configuration does not tell the layers
-            return False
+        config = self.language_model.config.get_text_config(decoder=True)
+        return hasattr(config, "num_hidden_layers") and not is_foreign(self._empty_cache())
 
     @property
     def joins_rows(self) -> bool:
@@ -170,7 +183,6 @@ class SegmentReadingMixin:
     def _empty_cache(self) -> Cache:
         return empty_cache(self.language_model.config)
 
-    @torch.no_grad()
     def _goes_on_behind_a_cache(self) -> bool:
         """Tries whether several words behind a cache are read as if they had been read with what is in it.
 
@@ -183,7 +195,6 @@ class SegmentReadingMixin:
         self._read(reading, words[:, :6], valid[:, :6], 0)
         return _alike(self._read(reading, words[:, 6:], valid[:, 6:], 0)[0], whole[:, 6:])
 
-    @torch.no_grad()
     def _ignores_padding(self) -> bool:
         """Tries whether a row in a batch, rolled past its padding, is read as it is alone."""
         words = self._words_to_try()
@@ -206,8 +217,8 @@ class SegmentReadingMixin:
     def _words_to_try(self) -> torch.Tensor:
         """Embeddings `[1, 12, d_L]` of words all over the vocabulary."""
         embeddings = self.get_input_embeddings()
-        table = embeddings.weight
-        ids = torch.linspace(0, table.shape[0] - 1, 12, device=table.device).long()[None]
+        # Where weights are loaded as they are used, the table itself is on no device.
+        ids = torch.linspace(0, embeddings.weight.shape[0] - 1, 12, device=self.ipn.image_token.device).long()[None]
         return self._with_layer_inputs(embeddings(ids), ids)
 
     @cached_property
@@ -291,20 +302,29 @@ class SegmentReadingMixin:
 
     @contextmanager
     def _head_inputs(self, num_columns: int) -> Iterator[list[torch.Tensor]]:
-        """Collects what the language model's head is given, and leaves it the last `num_columns` columns."""
-        seen: list[torch.Tensor] = []
+        """Collects what the language model's head is given, and leaves it the last `num_columns` columns.
 
-        def cut(module: nn.Module, args: tuple) -> tuple:
+        The head is shared by all threads: what others give it meanwhile is left as it is.
+        """
+        seen: list[torch.Tensor] = []
+        own_thread = threading.get_ident()
+
+        def cut(module: nn.Module, args: tuple) -> tuple | None:
+            if threading.get_ident() != own_thread:
+                return None
             states = args[0]
             # A head that looks several words ahead is given one stream for each, the next word's first.
             seen.append(states if states.dim() == 3 else states[:, 0])
             return (states[..., states.shape[-2] - num_columns :, :], *args[1:])
 
-        handle = self.language_model.get_output_embeddings().register_forward_pre_hook(cut)
+        head = self.language_model.get_output_embeddings()
+        with _HOOKS_CHANGE:
+            handle = head.register_forward_pre_hook(cut)
         try:
             yield seen
         finally:
-            handle.remove()
+            with _HOOKS_CHANGE:
+                handle.remove()
 
     def _checkpointed(self, run, reading: Reading, embeds: torch.Tensor):
         """Keeps a segment's inputs in place of its activations; caches go in and out as tensors, so it can rerun."""
@@ -324,7 +344,7 @@ class SegmentReadingMixin:
 
     def _sweep(
         self,
-        sequence: LaidOutBatch,
+        laid_out: LaidOutBatch,
         plan: SegmentPlan,
         past_key_values: Cache | None = None,
         num_logits: list[int] | None = None,
@@ -335,16 +355,16 @@ class SegmentReadingMixin:
         Reads a batch segment by segment: prefix, request, interaction, and on to the next.
 
         Args:
-            sequence (`LaidOutBatch`): the batch; its dynamic slots are filled on the way.
+            laid_out (`LaidOutBatch`): the batch; its dynamic slots are filled on the way.
             plan ([`SegmentPlan`]): its segments.
-            past_key_values (`Cache`, *optional*): columns `[0, sequence.start)`, read before.
+            past_key_values (`Cache`, *optional*): columns `[0, laid_out.start)`, read before.
             num_logits (list of `int`, *optional*): for each segment, how many of its last columns need logits; without
                 it the sweep stops at the last request.
 
         Raises:
-            ValueError: `past_key_values` is of no use to this language model.
+            ValueError: `past_key_values` is of no use to this language model, or to rows of unlike lengths.
         """
-        wish = _Wish(num_logits, output_hidden_states, return_weights)
+        wanted = WantedOutputs(num_logits, output_hidden_states, return_weights)
         cache = past_key_values
         if self.way_of_reading == "again":
             if cache is not None and cache_length(cache):
@@ -356,39 +376,53 @@ class SegmentReadingMixin:
             cache = None
         elif cache is None:
             cache = self._empty_cache()
-        mask = sequence.attention_mask[:, : sequence.start].bool()
-        reading = Reading(cache, mask, sequence.embeds, [], [], [])
-        padded = not (plan.contiguous and bool(sequence.attention_mask.all()))
-        if padded and not self.reads_padding:
-            self._sweep_groups(reading, sequence, plan, wish)
+        mask = laid_out.attention_mask[:, : laid_out.start].bool()
+        reading = Reading(cache, mask, laid_out.embeds, [], [], [])
+        padded = not (plan.contiguous and bool(laid_out.attention_mask.all()))
+        apart = padded and not self.reads_padding
+        if cache is not None and is_foreign(cache):
+            if apart or not all(segment.right_aligned for segment in plan.segments):
+                raise ValueError(
+                    f"past_key_values is a {type(cache).__name__} with layers of {_layer_names(cache)}, in which "
+                    "columns cannot be moved, as rows of unlike lengths need it: leave past_key_values out and pass "
+                    "the whole conversation with all of its images, or go on with one row at a time."
+                )
+        if apart:
+            self._sweep_groups(reading, laid_out, plan, wanted)
         else:
-            self._sweep_rows(reading, sequence, plan, wish)
+            self._sweep_rows(reading, laid_out, plan, wanted)
         return reading
 
-    def _sweep_rows(self, reading: Reading, sequence: LaidOutBatch, plan: SegmentPlan, wish: _Wish) -> None:
+    def _sweep_rows(self, reading: Reading, laid_out: LaidOutBatch, plan: SegmentPlan, wanted: WantedOutputs) -> None:
         """Reads rows together."""
-        if self.way_of_reading == "again":
-            self._sweep_again(reading, sequence, plan, wish)
+        if self.way_of_reading == "again" or self._loses_gradients(reading, plan):
+            self._sweep_again(reading, laid_out, plan, wanted)
             return
         for step, segment in enumerate(plan.segments):
-            num_logits = wish.num_logits[step] if wish.num_logits is not None else 0
+            num_logits = wanted.num_logits[step] if wanted.num_logits is not None else 0
             if segment.slots is None:
-                if wish.num_logits is not None or segment is not plan.segments[-1]:
+                if wanted.num_logits is not None or segment is not plan.segments[-1]:
                     columns = take_columns(reading.embeds, segment.columns)
-                    self._read_words(reading, columns, segment, num_logits, wish.hidden_states)
+                    self._read_words(reading, columns, segment, num_logits, wanted.hidden_states)
                 continue
             if self.config.keep_request_token:
                 self._place_request_token(reading, segment)
                 read_request = self._read_kept_request
-            elif self.way_of_reading == "copy":
+            elif self.way_of_reading == "copy" or is_foreign(reading.cache):
                 read_request = self._read_request_aside
             else:
                 read_request = self._read_request
             columns = take_columns(reading.embeds, segment.columns)
-            requests = read_request(reading, columns, segment, num_logits, wish.hidden_states)
-            self._answer(reading, sequence, segment, requests, wish)
+            requests = read_request(reading, columns, segment, num_logits, wanted.hidden_states)
+            self._answer(reading, laid_out, segment, requests, wanted)
 
-    def _sweep_again(self, reading: Reading, sequence: LaidOutBatch, plan: SegmentPlan, wish: _Wish) -> None:
+    def _loses_gradients(self, reading: Reading, plan: SegmentPlan) -> bool:
+        """Whether a single token would be read behind recurrent states, by kernels that cannot be trained through."""
+        if self.way_of_reading != "copy" or not torch.is_grad_enabled() or reading.mask.shape[1]:
+            return False
+        return any(segment.columns.shape[1] == 1 for segment in plan.segments[1:])
+
+    def _sweep_again(self, reading: Reading, laid_out: LaidOutBatch, plan: SegmentPlan, wanted: WantedOutputs) -> None:
         """Reads everything before a request with it, for each request, and the finished text once; no padding."""
         read: list[Segment] = []
         for segment in plan.segments:
@@ -404,41 +438,42 @@ class SegmentReadingMixin:
                 )
             valid = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
             hidden, _, _ = self._read(self._nothing_read(words), words, valid, 0)
-            self._answer(reading, sequence, segment, hidden[:, -1], wish)
-        if wish.num_logits is None:
+            self._answer(reading, laid_out, segment, hidden[:, -1], wanted)
+        if wanted.num_logits is None:
             return
         words = take_columns(reading.embeds, torch.cat([part.columns for part in read], dim=1))
         valid = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
         widths = [part.columns.shape[1] for part in read]
-        first = next((step for step, wanted in enumerate(wish.num_logits) if wanted), len(widths))
+        first = next((step for step, count in enumerate(wanted.num_logits) if count), len(widths))
         keep_cache = not torch.is_grad_enabled()
         if keep_cache and self._takes_cache:
             reading.cache = self._empty_cache()
         _, logits, hidden_states = self._read(
-            reading, words, valid, sum(widths[first:]), wish.hidden_states, keep_cache
+            reading, words, valid, sum(widths[first:]), wanted.hidden_states, keep_cache
         )
         reading.logits += [
-            part[:, part.shape[1] - wanted :]
-            for part, wanted in zip(logits.split(widths[first:], dim=1), wish.num_logits[first:], strict=True)
+            part[:, part.shape[1] - count :]
+            for part, count in zip(logits.split(widths[first:], dim=1), wanted.num_logits[first:], strict=True)
         ]
         if hidden_states is not None:
             reading.hidden_states.append(hidden_states)
 
-    def _sweep_groups(self, reading: Reading, sequence: LaidOutBatch, plan: SegmentPlan, wish: _Wish) -> None:
+    def _sweep_groups(
+        self, reading: Reading, laid_out: LaidOutBatch, plan: SegmentPlan, wanted: WantedOutputs
+    ) -> None:
         """Reads rows whose segments are of equal lengths together and others apart, so that none sees padding."""
         lengths = [reading.mask.sum(dim=1), *(segment.valid.sum(dim=1) for segment in plan.segments)]
         asking = [segment.requesting.long() for segment in plan.segments]
         shapes = torch.stack([*lengths, *asking], dim=1).tolist()
-        groups = [
-            torch.tensor([row for row, shape in enumerate(shapes) if shape == kind], device=reading.mask.device)
-            for kind in dict.fromkeys(map(tuple, shapes))
-            for kind in [list(kind)]
-        ]
-        parts = [self._sweep_group(rows, reading, sequence, plan, wish) for rows in groups]
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, shape in enumerate(shapes):
+            rows_of.setdefault(tuple(shape), []).append(row)
+        groups = [torch.tensor(rows, device=reading.mask.device) for rows in rows_of.values()]
+        parts = [self._sweep_group(rows, reading, laid_out, plan, wanted) for rows in groups]
         reading.embeds = torch.cat([part.embeds for part in parts])[torch.cat(groups).argsort()]
         for rows, part in zip(groups, parts, strict=True):
             reading.perceptions += [{**found, "rows": rows[found["rows"]]} for found in part.perceptions]
-        if wish.num_logits is None:
+        if wanted.num_logits is None:
             return
         reading.cache = None
         if all(part.cache is not None for part in parts):
@@ -447,16 +482,16 @@ class SegmentReadingMixin:
         padded = [nn.functional.pad(part.mask, (width - part.mask.shape[1], 0)) for part in parts]
         reading.mask = torch.cat(padded)[torch.cat(groups).argsort()]
         for step, segment in enumerate(plan.segments):
-            wanted = wish.num_logits[step]
-            if wanted:
-                laid = _laid_out(segment.valid, groups, [part.logits[step] for part in parts])
-                reading.logits.append(laid[:, laid.shape[1] - wanted :])
-            if wish.hidden_states:
+            count = wanted.num_logits[step]
+            if count:
+                logits = _scattered(segment.valid, groups, [part.logits[step] for part in parts])
+                reading.logits.append(logits[:, logits.shape[1] - count :])
+            if wanted.hidden_states:
                 layers = zip(*(part.hidden_states[step] for part in parts), strict=True)
-                reading.hidden_states.append(tuple(_laid_out(segment.valid, groups, list(layer)) for layer in layers))
+                reading.hidden_states.append(tuple(_scattered(segment.valid, groups, list(layer)) for layer in layers))
 
     def _sweep_group(
-        self, rows: torch.Tensor, whole: Reading, sequence: LaidOutBatch, plan: SegmentPlan, wish: _Wish
+        self, rows: torch.Tensor, whole: Reading, laid_out: LaidOutBatch, plan: SegmentPlan, wanted: WantedOutputs
     ) -> Reading:
         """Rows of a batch read as a batch of their own, with logits and hidden states for each segment of the plan."""
         segments = []
@@ -468,19 +503,19 @@ class SegmentReadingMixin:
         # A segment in which these rows have no part is not read.
         taken = [step for step, part in enumerate(segments) if part.columns.shape[1] or part.slots is not None]
         num_logits = None
-        if wish.num_logits is not None:
-            num_logits = [segments[step].columns.shape[1] if wish.num_logits[step] else 0 for step in taken]
+        if wanted.num_logits is not None:
+            num_logits = [segments[step].columns.shape[1] if wanted.num_logits[step] else 0 for step in taken]
         place = torch.full((len(whole.mask),), -1, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
         embeds = whole.embeds[rows]
-        batch = LaidOutBatch(
+        part_laid_out = LaidOutBatch(
             embeds,
-            sequence.attention_mask[rows],
-            sequence.start,
-            sequence.features,
-            sequence.static_tokens,
-            place[sequence.image_rows],
-            sequence.image_columns,
+            laid_out.attention_mask[rows],
+            laid_out.start,
+            laid_out.features,
+            laid_out.static_tokens,
+            place[laid_out.image_rows],
+            laid_out.image_columns,
         )
         length = int(whole.mask[rows[0]].sum())
         cache = whole.cache
@@ -488,12 +523,12 @@ class SegmentReadingMixin:
             cache = select_rows(cache, rows, length) if length else self._empty_cache()
         mask = torch.ones(len(rows), length, dtype=torch.bool, device=rows.device)
         part = Reading(cache, mask, embeds, [], [], [])
-        own = _Wish(num_logits, wish.hidden_states, wish.weights)
-        self._sweep_rows(part, batch, SegmentPlan([segments[step] for step in taken], contiguous=True), own)
+        own = WantedOutputs(num_logits, wanted.hidden_states, wanted.weights)
+        self._sweep_rows(part, part_laid_out, SegmentPlan([segments[step] for step in taken], contiguous=True), own)
         if num_logits is not None:
-            with_logits = [step for step, wanted in zip(taken, num_logits, strict=True) if wanted]
+            with_logits = [step for step, count in zip(taken, num_logits, strict=True) if count]
             part.logits = _by_step(part.logits, with_logits, len(segments))
-            if wish.hidden_states:
+            if wanted.hidden_states:
                 widths = [segment.columns.shape[1] for segment in segments]
                 layers = zip(*part.hidden_states, strict=True)
                 split = zip(*(torch.cat(layer, dim=1).split(widths, dim=1) for layer in layers), strict=True)
@@ -501,14 +536,14 @@ class SegmentReadingMixin:
         return part
 
     def _answer(
-        self, reading: Reading, sequence: LaidOutBatch, segment: Segment, requests: torch.Tensor, wish: _Wish
+        self, reading: Reading, laid_out: LaidOutBatch, segment: Segment, requests: torch.Tensor, wanted: WantedOutputs
     ) -> None:
         """Looks requests `[B, d_h]` up in the images before them, and fills their dynamic slots."""
         rows = segment.requesting.nonzero().flatten()
-        images = self._images_before(sequence, rows, segment.slots[rows, 0])
+        images = self._images_before(laid_out, rows, segment.slots[rows, 0])
         device = self.ipn.image_token.device
         tokens, attention = self.ipn(
-            requests[rows].to(device), sequence.features.to(device), images.to(device), wish.weights
+            requests[rows].to(device), laid_out.features.to(device), images.to(device), wanted.weights
         )
         places = (rows[:, None], segment.slots[rows])
         reading.embeds = reading.embeds.index_put(places, self._in_slot(tokens).to(reading.embeds))
@@ -612,13 +647,17 @@ def _alike(states: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((apart < torch.finfo(states.dtype).eps ** 0.5).all())
 
 
+def _layer_names(cache: Cache) -> str:
+    return ", ".join(dict.fromkeys(type(layer).__name__ for layer in cache.layers))
+
+
 def _by_step(values: list, steps: list[int], num_steps: int) -> list:
     """`values` at their `steps`, `None` elsewhere."""
     found = dict(zip(steps, values, strict=True))
     return [found.get(step) for step in range(num_steps)]
 
 
-def _laid_out(valid: torch.Tensor, groups: list[torch.Tensor], parts: list[torch.Tensor | None]) -> torch.Tensor:
+def _scattered(valid: torch.Tensor, groups: list[torch.Tensor], parts: list[torch.Tensor | None]) -> torch.Tensor:
     """States of groups of rows, `[b, w, D]` each, in the valid places of bool `[B, W]`; zeros elsewhere."""
     known = next(part for part in parts if part is not None)
     states = known.new_zeros(*valid.shape, known.shape[-1])

@@ -9,7 +9,7 @@ sliding windows) whatever the position ids.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -51,7 +51,7 @@ class Segment:
     @property
     def right_aligned(self) -> bool:
         """Whether padding lies on the left only, so that nothing has to be rolled afterwards."""
-        return _padded_left_only(self.valid)
+        return padded_left_only(self.valid)
 
 
 @dataclass
@@ -110,7 +110,7 @@ def plan_segments(
         if most == 0:
             plain = start == 0 or _padded_right_only(valid[0])
         else:
-            nothing_between = bool(valid[0].all()) if start else _padded_left_only(valid[0])
+            nothing_between = bool(valid[0].all()) if start else padded_left_only(valid[0])
             plain = nothing_between and all(map(torch.all, valid[1:-1])) and _padded_right_only(valid[-1])
         if plain:
             parts = [
@@ -214,7 +214,7 @@ def _segment(columns, valid, requesting, slots, device) -> Segment:
     )
 
 
-def _padded_left_only(valid: torch.Tensor) -> bool:
+def padded_left_only(valid: torch.Tensor) -> bool:
     """Whether no padding follows a word in any row of bool `[B, W]`."""
     return bool((valid[:, 1:] >= valid[:, :-1]).all())
 
@@ -270,7 +270,8 @@ def is_recurrent(cache: Cache) -> bool:
 
 
 def is_foreign(cache: Cache) -> bool:
-    """Whether a cache has layers of a model's own making, whose columns are none of our business."""
+    """Whether a cache has layers of another making - windows, fixed places, packed numbers, a model's own - whose
+    columns can be added to, but neither dropped nor moved."""
     known = (DynamicLayer, DynamicIndexedLayer, DummyLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
     return not all(type(layer) in known for layer in cache.layers)
 
@@ -378,6 +379,26 @@ def select_rows(cache: Cache, rows: torch.Tensor, length: int) -> Cache:
     return chosen
 
 
+def _pad_columns_left(layers: Sequence[Any]) -> None:
+    """Gives one layer of several caches the columns of the longest, in place."""
+    widths: list[int] = []
+
+    def measure(states: torch.Tensor, _: int, columns: int) -> torch.Tensor:
+        widths.append(states.shape[columns])
+        return states
+
+    def pad(states: torch.Tensor, _: int, columns: int) -> torch.Tensor:
+        missing = max(widths) - states.shape[columns]
+        return nn.functional.pad(states, (0, 0) * (states.dim() - 1 - columns) + (missing, 0))
+
+    for change in (measure, pad):
+        for layer in layers:
+            _change_columns(layer, change)
+    for layer in layers:
+        if getattr(layer, "cumulative_length", 0):
+            layer.cumulative_length = max(other.cumulative_length for other in layers)
+
+
 def join_rows(caches: list[Cache], rows: list[torch.Tensor]) -> Cache:
     """
     One cache of groups of rows that were read apart: columns are padded on the left, states are stacked.
@@ -386,25 +407,9 @@ def join_rows(caches: list[Cache], rows: list[torch.Tensor]) -> Cache:
         caches: of the groups; all of one model.
         rows (list of int `[b]`): the places their rows take.
     """
-    widths: dict[int, int] = {}
-
-    def measure(states: torch.Tensor, _: int, columns: int) -> torch.Tensor:
-        widths[index] = max(widths.get(index, 0), states.shape[columns])
-        return states
-
-    def pad(states: torch.Tensor, _: int, columns: int) -> torch.Tensor:
-        missing = widths[index] - states.shape[columns]
-        return nn.functional.pad(states, (0, 0) * (states.dim() - 1 - columns) + (missing, 0))
-
     caches = [map_cache(cache, lambda tensor: tensor) for cache in caches]
-    for change in (measure, pad):
-        for cache in caches:
-            for index, layer in enumerate(cache.layers):  # noqa: B007
-                _change_columns(layer, change)
     for layers in zip(*(cache.layers for cache in caches), strict=True):
-        for layer in layers:
-            if getattr(layer, "cumulative_length", 0):
-                layer.cumulative_length = max(other.cumulative_length for other in layers)
+        _pad_columns_left(layers)
     order = torch.cat(rows).argsort()
     positions = [[getattr(layer, "indexer_position_ids", None) for layer in cache.layers] for cache in caches]
     joined = []
@@ -418,11 +423,8 @@ def join_rows(caches: list[Cache], rows: list[torch.Tensor]) -> Cache:
 
 def repeat_rows(cache: Cache, repeats: int) -> None:
     """Each row of a cache `repeats` times, in place."""
-    if is_recurrent(cache):
-        num_rows = next(tensor.shape[0] for tensor in cache_tensors(cache) if tensor.dim() > 1)
-        cache.reorder_cache(torch.arange(num_rows).repeat_interleave(repeats))
-    else:
-        cache.batch_repeat_interleave(repeats)
+    num_rows = next(tensor.shape[0] for tensor in cache_tensors(cache) if tensor.dim() > 1)
+    cache.reorder_cache(torch.arange(num_rows).repeat_interleave(repeats))
 
 
 __all__ = ["ReadingCache", "Segment", "SegmentPlan", "group_slots", "plan_segments", "roll_padding_left"]
