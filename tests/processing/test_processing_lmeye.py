@@ -433,6 +433,23 @@ def test_truncation_cuts_words_and_no_slot(make):
     assert again["input_ids"][0].tolist() == full, "truncation stayed set"
 
 
+@pytest.mark.parametrize("family", tiny.ENCODER_DECODERS)
+def test_truncation_leaves_an_encoders_text_its_ends(make, family):
+    processor = make(family)
+    text = "<img> who? <img-q> <img-d> " + "a cat and a dog " * 20
+    before, behind = AROUND[family]
+    full = processor(images=tiny.picture(), text=text)["input_ids"]
+    assert processor(images=tiny.picture(), text=text, truncation=True, max_length=40)["input_ids"] == [
+        *full[: 40 - len(behind)],
+        *behind,
+    ]
+    processor.tokenizer.truncation_side = "left"
+    text = "a cat and a dog " * 20 + "<img> who? <img-q> <img-d>"
+    full = processor(images=tiny.picture(), text=text)["input_ids"]
+    found = processor(images=tiny.picture(), text=text, truncation=True, max_length=40)["input_ids"]
+    assert found == [*before, *full[len(full) - 40 + len(before) :]]
+
+
 def test_truncation_on_the_left(make):
     """Cut from the left, a text loses its beginning, and still no slot."""
     processor = make()

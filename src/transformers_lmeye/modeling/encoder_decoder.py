@@ -155,7 +155,7 @@ class EncoderDecoderMixin:
         """One pass of the decoder over an encoding, which is made first where it is not given."""
         static_tokens = None
         if labels is not None:
-            labels = labels.masked_fill(self._is_slot(labels), -100)
+            labels = labels.masked_fill(self._is_slot(labels), -100).contiguous()
         shows = {name: True for name in ("output_attentions", "output_hidden_states") if kwargs.get(name)}
         if encoder_outputs is None and (image_features is not None or self._holds_slots(input_ids, None)):
             if inputs_embeds is not None:

@@ -345,14 +345,20 @@ class LMEyeProcessor(ProcessorMixin):
         if self.add_bos and not special and ids[:1] != [self.tokenizer.bos_token_id]:
             ids.insert(0, self.tokenizer.bos_token_id)
         if truncation and max_length is not None and len(ids) > max_length:
-            left = self.tokenizer.truncation_side == "left"
-            kept, cut = (ids[-max_length:], ids[:-max_length]) if left else (ids[:max_length], ids[max_length:])
-            if set(self.slot_token_ids) & set(cut):
+            step = -1 if self.tokenizer.truncation_side == "left" else 1
+            ids = ids[::step]
+            # Special tokens at the end that is cut stay there, as where the tokenizer itself cuts.
+            closing = set(self.tokenizer.all_special_ids) - set(self.slot_token_ids) if special else set()
+            end = len(ids)
+            while end > 1 and ids[end - 1] in closing:
+                end -= 1
+            room = max_length - (len(ids) - end)
+            if set(self.slot_token_ids) & set(ids[room:end]):
                 raise ValueError(
                     f"Sample {index} is {len(ids)} tokens long, and truncation to max_length={max_length} would cut a "
                     "slot: raise max_length, or shorten its text."
                 )
-            return kept
+            ids = (ids[:room] + ids[end:])[::step]
         return ids
 
     def _multiply_slots(self, index: int, text: str, num_images: int) -> str:
