@@ -4,9 +4,10 @@ All sides share one language model (random weights: they do not change times), a
 A B A B .., so that a busy machine slows both. A ratio is the median over the pairs, its interval the order statistics
 that hold the true median with at least 95% probability; its upper end is what counts against a target. Peak memory is
 that of a fresh process for each side. The vision tower is excluded on every side (its features are computed once,
-before the clock starts); projections and the interaction are counted.
+before the clock starts, a Q-Former's outputs among them); projections and the interaction are counted.
 
     python examples/benchmark.py
+    python examples/benchmark.py --variants all
 
     python examples/benchmark.py --rows first_token training_step --against two_passes --pairs 60 --threads 1
     python examples/benchmark.py --language_model facebook/opt-1.3b --vision_model openai/clip-vit-large-patch14 \\
@@ -26,6 +27,10 @@ before the clock starts); projections and the interaction are counted.
 | two_passes | prefix and request token; then anew prefix, dynamic tokens (and answer) | the IPN, stage 2 |
 | ours | prefix, its cache kept, and request token; then dynamic tokens (and answer) | the IPN, stage 2 |
 | llava_256, llava_576 | 256 or 576 projected patch tokens in place of image and dynamic slots | the projector |
+
+`--variants` measures others of the family than that of `--interaction` against the plain language model, each as ours
+is in the rows first_token and training_step: see `VARIANTS`. Plain then has the columns of the variant's own sequence,
+and for an encoder-decoder they are the encoder's.
 """
 
 import contextlib
@@ -46,6 +51,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers
@@ -53,6 +59,9 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BambaConfig,
+    Blip2QFormerConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -64,6 +73,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteria,
+    T5Config,
 )
 
 from transformers_lmeye import ImageFeatures, LMEyeConfig, LMEyeForConditionalGeneration
@@ -71,7 +81,25 @@ from transformers_lmeye import ImageFeatures, LMEyeConfig, LMEyeForConditionalGe
 
 ROWS = ["first_token", "decode_step", "five_beams", "training_step", "memory"]
 RIVALS = ["plain", "two_passes", "llava_256", "llava_576"]
+VARIANT_ROWS = ["first_token", "training_step"]
 NUM_BEAMS = 5
+
+# Fields of LMEyeConfig besides those of `build_lmeye`, and `language`: one of `LANGUAGES`, by default the first.
+# A CLIP's 256 patches are pooled to 64 where its text encoder with 77 positions has to read them.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "clip_text_global": {"interaction": "clip_text", "fine_grained_source": "global"},
+    "clip_text_patch": {"interaction": "clip_text", "fine_grained_source": "patch", "num_fine_grained_tokens": 64},
+    "clip_text_qformer": {"interaction": "clip_text", "fine_grained_source": "qformer"},
+    "cross_attention_global": {"interaction": "cross_attention", "fine_grained_source": "global"},
+    "cross_attention_patch": {"interaction": "cross_attention", "fine_grained_source": "patch"},
+    "cross_attention_qformer": {"interaction": "cross_attention", "fine_grained_source": "qformer"},
+    "static_qformer": {"interaction": "clip_text", "visual_mapping": "qformer"},
+    "two_rounds": {"interaction": "clip_text", "num_request_rounds": 2},
+    "three_rounds": {"interaction": "clip_text", "num_request_rounds": 3},
+    "keep_request_token": {"interaction": "clip_text", "keep_request_token": True},
+    "encoder_decoder": {"interaction": "clip_text", "visual_mapping": "qformer", "language": "t5"},
+    "state_space": {"interaction": "clip_text", "language": "bamba"},
+}
 
 # Upper ends that ours is held to, on two cores with the default sizes: (row, batch, other side) -> largest ratio.
 TARGETS = {
@@ -99,6 +127,9 @@ class BenchmarkArguments:
     answer_length: int = field(default=30, metadata={"help": "tokens of an answer, generated or trained on"})
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
     rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": "what to measure"})
+    variants: list[str] | None = field(
+        default=None, metadata={"help": "variants to measure against plain, in place of ours: names of them, or all"}
+    )
     against: list[str] = field(default_factory=lambda: list(RIVALS), metadata={"help": "whom to measure against"})
     pairs: int = field(default=30, metadata={"help": "measurements of each side in a comparison, at least"})
     seconds: float = field(
@@ -114,8 +145,15 @@ class BenchmarkArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, known in (("rows", ROWS), ("against", RIVALS)):
-            if unknown := set(getattr(self, name)) - set(known):
+        if self.variants is not None:
+            self.variants = list(VARIANTS) if "all" in self.variants else self.variants
+            self.rows = list(VARIANT_ROWS) if self.rows == ROWS else self.rows
+        for name, known in (
+            ("rows", ROWS if self.variants is None else VARIANT_ROWS),
+            ("against", RIVALS),
+            ("variants", list(VARIANTS)),
+        ):
+            if unknown := set(getattr(self, name) or ()) - set(known):
                 raise ValueError(f"--{name} knows {', '.join(known)}, not {', '.join(sorted(unknown))}")
 
 
@@ -194,14 +232,54 @@ def median_with_interval(values: list[float], confidence: float = 0.95) -> tuple
 # The models -----------------------------------------------------------------------------------------------------
 
 
-def language_config(arguments: BenchmarkArguments) -> PreTrainedConfig:
-    """The language model's config, with nothing that would end an answer early."""
+def causal_config(arguments: BenchmarkArguments) -> PreTrainedConfig:
+    """The causal language model asked for; by default a Llama of 134M parameters."""
     if arguments.language_model is not None:
-        config = AutoConfig.from_pretrained(arguments.language_model)
-    else:
-        config = LlamaConfig(
-            hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048, vocab_size=32000
-        )
+        return AutoConfig.from_pretrained(arguments.language_model)
+    return LlamaConfig(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048, vocab_size=32000
+    )
+
+
+def t5_config(arguments: BenchmarkArguments) -> PreTrainedConfig:
+    """An encoder-decoder of FlanT5's kind, encoder and decoder each with half of the Llama's layers."""
+    return T5Config(
+        d_model=768,
+        d_ff=2048,
+        d_kv=64,
+        num_layers=6,
+        num_heads=12,
+        vocab_size=32000,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+    )
+
+
+def bamba_config(arguments: BenchmarkArguments) -> PreTrainedConfig:
+    """A hybrid of the Llama's width: three state-space layers before each layer of attention, a cache that cannot be
+    cropped."""
+    return BambaConfig(
+        hidden_size=768,
+        num_hidden_layers=8,
+        attn_layer_indices=[3, 7],
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        intermediate_size=2048,
+        vocab_size=32000,
+        mamba_n_heads=24,
+        mamba_d_head=64,
+        mamba_d_state=64,
+        mamba_chunk_size=64,
+    )
+
+
+LANGUAGES = {"causal": causal_config, "t5": t5_config, "bamba": bamba_config}
+
+
+def language_config(arguments: BenchmarkArguments, language: str = "causal") -> PreTrainedConfig:
+    """The language model's config, with nothing that would end an answer early."""
+    config = LANGUAGES[language](arguments)
     config.bos_token_id = config.eos_token_id = None
     config.pad_token_id = 0
     return config
@@ -217,27 +295,48 @@ def clip_configs(arguments: BenchmarkArguments) -> tuple[CLIPVisionConfig, CLIPT
     return vision_config, CLIPTextConfig(**sizes, projection_dim=256)
 
 
-def build_language_model(arguments: BenchmarkArguments) -> PreTrainedModel:
+def build_language_model(arguments: BenchmarkArguments, language: str = "causal") -> PreTrainedModel:
+    config = language_config(arguments, language)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device(arguments.device):
-        model = AutoModelForCausalLM.from_config(language_config(arguments), dtype=getattr(torch, arguments.dtype))
+        model = auto_class.from_config(config, dtype=getattr(torch, arguments.dtype))
     return model.eval().requires_grad_(False)
 
 
-def build_lmeye(arguments: BenchmarkArguments) -> LMEyeForConditionalGeneration:
-    """LMEye as stage 2 trains it, dropout included; its `language_model` serves the other sides too."""
+def build_lmeye(
+    arguments: BenchmarkArguments, variant: str | None = None, language_model: PreTrainedModel | None = None
+) -> LMEyeForConditionalGeneration:
+    """LMEye as stage 2 trains it, dropout included; its `language_model` serves the other sides too.
+
+    Args:
+        variant: one of `VARIANTS`; `None` is that of `arguments.interaction`.
+        language_model: what to build it around, in place of a new one.
+    """
     vision_config, text_config = clip_configs(arguments)
+    given = dict(VARIANTS[variant]) if variant else {"interaction": arguments.interaction}
+    language = given.pop("language", "causal")
+    qformer_config = Blip2QFormerConfig(
+        hidden_size=vision_config.hidden_size,
+        encoder_hidden_size=vision_config.hidden_size,
+        num_hidden_layers=vision_config.num_hidden_layers,
+        num_attention_heads=vision_config.num_attention_heads,
+        intermediate_size=vision_config.intermediate_size,
+    )
+    sees_queries = "qformer" in (given.get("visual_mapping"), given.get("fine_grained_source"))
     config = LMEyeConfig(
         vision_config=vision_config,
-        text_config=language_config(arguments),
-        clip_text_config=text_config if arguments.interaction == "clip_text" else None,
-        interaction=arguments.interaction,
+        text_config=language_config(arguments, language),
+        clip_text_config=text_config if given["interaction"] == "clip_text" else None,
+        qformer_config=qformer_config if sees_queries else None,
         num_dynamic_tokens=arguments.num_dynamic_tokens,
         interaction_hidden_size=vision_config.hidden_size,
         interaction_num_heads=vision_config.num_attention_heads,
+        **given,
     )
     vision_tower = CLIPVisionModelWithProjection._from_config(vision_config, dtype=getattr(torch, arguments.dtype))
     with torch.device(arguments.device):
-        model = LMEyeForConditionalGeneration(config, vision_tower, build_language_model(arguments))
+        language_model = language_model or build_language_model(arguments, language)
+        model = LMEyeForConditionalGeneration(config, vision_tower, language_model)
     model.to(arguments.device).freeze_for_stage("instruct")
     return model
 
@@ -255,13 +354,20 @@ def random_words(arguments: BenchmarkArguments, batch: int, length: int, vocabul
     return torch.randint(1, vocabulary, (batch, length), generator=generator).to(arguments.device)  # [B, length]
 
 
+def request_slots(config: LMEyeConfig) -> list[int]:
+    """The slots of one question: those of each round, a request's own among them where it has one."""
+    own = [config.request_token_id] if config.keep_request_token else []
+    return config.num_request_rounds * (own + config.num_dynamic_tokens * [config.dynamic_token_id])
+
+
 def slot_ids(arguments: BenchmarkArguments, model: LMEyeForConditionalGeneration, batch: int) -> torch.Tensor:
-    """Prefix (its image slots after three words), dynamic slots, answer: [B, prefix + k + answer]."""
+    """Prefix (its image slots after three words), the question's slots, answer: [B, prefix + slots + answer]."""
     config = model.config
-    length = arguments.prefix_length + config.num_dynamic_tokens + arguments.answer_length
+    slots = torch.tensor(request_slots(config), device=arguments.device)
+    length = arguments.prefix_length + len(slots) + arguments.answer_length
     ids = random_words(arguments, batch, length, config.text_config.vocab_size)
     ids[:, 3 : 3 + config.num_static_tokens] = config.image_token_id
-    ids[:, arguments.prefix_length :][:, : config.num_dynamic_tokens] = config.dynamic_token_id
+    ids[:, arguments.prefix_length :][:, : len(slots)] = slots
     return ids
 
 
@@ -275,37 +381,55 @@ def labels_of(ids: torch.Tensor, answer_length: int) -> torch.Tensor:
 # The sides ------------------------------------------------------------------------------------------------------
 
 
-def plain_side(arguments: BenchmarkArguments, language_model: PreTrainedModel, batch: int) -> Side:
-    """One pass of the language model over as many columns as ours has in its final sequence."""
-    prompt_length = arguments.prefix_length + arguments.num_dynamic_tokens
+def plain_side(
+    arguments: BenchmarkArguments,
+    language_model: PreTrainedModel,
+    batch: int,
+    num_static_tokens: int = 1,
+    num_slots: int | None = None,
+) -> Side:
+    """One pass of the language model over as many columns as ours has in its final sequence.
+
+    Args:
+        num_static_tokens, num_slots: columns in place of the image's slots and, behind the prefix, of the question's
+            (default: k), which hold learned vectors in training.
+    """
+    num_slots = arguments.num_dynamic_tokens if num_slots is None else num_slots
+    prompt_length = arguments.prefix_length + num_slots
     length = prompt_length + arguments.answer_length
     ids = random_words(arguments, batch, length, language_model.config.get_text_config().vocab_size)
-    labels = labels_of(ids, arguments.answer_length)
+    prompt, answer = ids[:, :prompt_length], ids[:, prompt_length:]
+    mask = torch.ones_like(prompt)
+    if language_model.config.is_encoder_decoder:
+        words, labels = prompt, answer.contiguous()
+    else:
+        words, labels = ids, labels_of(ids, arguments.answer_length)
     table = language_model.get_input_embeddings()
-    learned = nn.Parameter(table.weight[: 1 + arguments.num_dynamic_tokens].detach().clone())  # [1 + k, d_L]
+    learned = nn.Parameter(table.weight[: num_static_tokens + num_slots].detach().clone())  # [slots, d_L]
 
     def loss() -> torch.Tensor:
-        embeds = table(ids).clone()
-        embeds[:, 3] = learned[0]
-        embeds[:, arguments.prefix_length : prompt_length] = learned[1:]
+        embeds = table(words).clone()
+        embeds[:, 3 : 3 + num_static_tokens] = learned[:num_static_tokens]
+        embeds[:, arguments.prefix_length : prompt_length] = learned[num_static_tokens:]
         return language_model(inputs_embeds=embeds, labels=labels, use_cache=False).loss
 
-    prompt = ids[:, :prompt_length]
-    mask = torch.ones_like(prompt)
     return Side(lambda **how: language_model.generate(prompt, attention_mask=mask, **how), loss, [learned])
 
 
 def our_side(arguments: BenchmarkArguments, model: LMEyeForConditionalGeneration, batch: int) -> Side:
     """LMEye through its public forward and generate, vision features given."""
     ids = slot_ids(arguments, model, batch)
-    labels = labels_of(ids, arguments.answer_length)
     features = image_features(arguments, model, batch)
-    mask = torch.ones_like(ids)
     prompt_length = ids.shape[1] - arguments.answer_length
-    prompt, prompt_mask = ids[:, :prompt_length], mask[:, :prompt_length]
+    prompt = ids[:, :prompt_length]
+    if model.config.is_encoder_decoder:
+        words, labels = prompt, ids[:, prompt_length:].contiguous()
+    else:
+        words, labels = ids, labels_of(ids, arguments.answer_length)
+    mask, prompt_mask = torch.ones_like(words), torch.ones_like(prompt)
 
     def loss() -> torch.Tensor:
-        return model(ids, attention_mask=mask, labels=labels, image_features=features).loss
+        return model(words, attention_mask=mask, labels=labels, image_features=features).loss
 
     def generate(**how) -> torch.Tensor:
         return model.generate(input_ids=prompt, attention_mask=prompt_mask, image_features=features, **how)
@@ -573,6 +697,25 @@ def compare(arguments: BenchmarkArguments, model: LMEyeForConditionalGeneration)
     return comparisons
 
 
+def compare_variants(arguments: BenchmarkArguments, language_models: dict[str, PreTrainedModel]) -> list[Comparison]:
+    """Every variant asked for against the plain language model that it is built around."""
+    comparisons = []
+    for variant in arguments.variants:
+        language = VARIANTS[variant].get("language", "causal")
+        language_model = language_models[language]
+        model = build_lmeye(arguments, variant, language_model)
+        columns = model.config.num_static_tokens, len(request_slots(model.config))
+        other = "plain" if language == "causal" else f"plain_{language}"
+        for row in arguments.rows:
+            model.train(row == "training_step")
+            for batch in batches(arguments, row):
+                sides = our_side(arguments, model, batch), plain_side(arguments, language_model, batch, *columns)
+                measure = functools.partial(pair_of, *(timer(arguments, side, row) for side in sides))
+                comparisons.append(Comparison(row, batch, variant, other, repeat(measure, arguments), None))
+                print(comparison_line(comparisons[-1]), file=sys.stderr, flush=True)
+    return comparisons
+
+
 def batches(arguments: BenchmarkArguments, row: str) -> list[int]:
     """Beams are measured on the smallest batch, training steps on the largest, the others on every one."""
     chosen = {"five_beams": min, "training_step": max}.get(row)
@@ -619,10 +762,11 @@ def memory_table(memories: list[Memory]) -> str:
     return "\n".join(lines)
 
 
-def description(arguments: BenchmarkArguments, model: LMEyeForConditionalGeneration) -> str:
-    """Machine, versions and sizes, as a Markdown list."""
-    counts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
+def description(arguments: BenchmarkArguments, models: dict[str, nn.Module]) -> str:
+    """Machine, versions and sizes of `models`, as a Markdown list."""
+    counts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in models.items()}
     on_gpu = torch.device(arguments.device).type == "cuda"
+    interaction = f", interaction {arguments.interaction}" if arguments.variants is None else ""
     machine = torch.cuda.get_device_name() if on_gpu else f"{processor_name()}, {os.cpu_count()} cores"
     return "\n".join(
         [
@@ -631,8 +775,7 @@ def description(arguments: BenchmarkArguments, model: LMEyeForConditionalGenerat
             f"transformers {transformers.__version__}, {arguments.dtype}.",
             "- Parameters in millions: " + ", ".join(f"{name} {count:.1f}" for name, count in counts.items()) + ".",
             f"- Prefix {arguments.prefix_length}, dynamic tokens {arguments.num_dynamic_tokens}, answer "
-            f"{arguments.answer_length}, interaction {arguments.interaction}; "
-            "the vision tower is excluded on every side.",
+            f"{arguments.answer_length}{interaction}; the vision tower is excluded on every side.",
             f"- Command: `{' '.join(['python examples/benchmark.py', *sys.argv[1:]])}`",
         ]
     )
@@ -654,10 +797,15 @@ def main(arguments: BenchmarkArguments) -> tuple[list[Comparison], list[Memory]]
         return [], []
 
     memories = measure_all_memory(arguments) if "memory" in arguments.rows else []
-    model = build_lmeye(arguments)
-    about = description(arguments, model)
+    if arguments.variants is None:
+        model = build_lmeye(arguments)
+        parts = dict(model.named_children())
+    else:
+        used = {VARIANTS[variant].get("language", "causal") for variant in arguments.variants}
+        parts = {language: build_language_model(arguments, language) for language in LANGUAGES if language in used}
+    about = description(arguments, parts)
     print(about, file=sys.stderr, flush=True)
-    comparisons = compare(arguments, model)
+    comparisons = compare(arguments, model) if arguments.variants is None else compare_variants(arguments, parts)
     print(about)
     if comparisons:
         print("\n" + comparison_table(comparisons))

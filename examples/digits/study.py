@@ -5,6 +5,9 @@
     python examples/digits/study.py --do evaluate     # test handwriting: study.json, and a Markdown table
     python examples/digits/study.py --do ship         # copies the rivals' IPNs of seed 0 into checkpoints/
 
+    python examples/digits/study.py --do family       # trains and evaluates every interaction, source and number of
+                                                      # rounds of requests: family.json, and a Markdown table
+
 `--arms` and `--seeds` choose a part, so that several processes can share the work.
 """
 
@@ -23,6 +26,7 @@ from scenes import KINDS, Question, Scenes, sample_questions, sample_scenes
 from training import (
     ARMS,
     CHECKPOINTS,
+    FAMILY,
     INSTRUCT_STEPS,
     blind_prompts,
     build,
@@ -45,16 +49,20 @@ from transformers_lmeye.modeling.interactive_perception import ImageFeatures
 
 logger = logging.getLogger("study")
 
+STUDY = Path(__file__).parent / "study.json"
+FAMILY_STUDY = Path(__file__).parent / "family.json"
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 TUNING_STEPS = 400
 NUM_TEST_QUESTIONS = 1000
-THREE_SEEDS = ("ipn", "static_tuned", "static_resampled")
+SEVERAL_SEEDS = ("ipn", "static_tuned", "static_resampled", "ipn_two_rounds")
 
 
 @dataclass
 class Arguments:
-    do: str = field(metadata={"help": "What to do.", "choices": ["tune", "train", "evaluate", "ship"]})
-    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Which arms."})
+    do: str = field(metadata={"help": "What to do.", "choices": ["tune", "train", "evaluate", "ship", "family"]})
+    arms: list[str] | None = field(
+        default=None, metadata={"help": "Which arms; default: all of `ARMS`, or of `FAMILY` where that is what to do."}
+    )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Which seeds; arms that decide nothing use seed 0 alone."}
     )
@@ -67,7 +75,7 @@ class Arguments:
 
 def seeds_of(arm: str, args: Arguments) -> list[int]:
     """The seeds an arm is trained with."""
-    return [seed for seed in args.seeds if seed == 0 or arm in THREE_SEEDS]
+    return [seed for seed in args.seeds if seed == 0 or arm in SEVERAL_SEEDS]
 
 
 def training_data(seed: int, work_dir: Path) -> tuple[Scenes, ImageFeatures]:
@@ -146,9 +154,11 @@ def tune(args: Arguments, work_dir: Path) -> None:
 
 
 def best_rate(arm: str, work_dir: Path) -> float:
-    """The learning rate that read most of the validation handwriting; that of the IPN for arms that were not tuned."""
-    path = work_dir / f"tune_{arm}.json"
-    figures = json.loads((path if path.exists() else work_dir / "tune_ipn.json").read_text())
+    """The learning rate that read most of the validation handwriting, by the tuning in `work_dir` or else by that in
+    study.json; that of the IPN for arms that were not tuned."""
+    tuned = json.loads(STUDY.read_text())["learning_rates"]
+    tuned |= {path.stem.removeprefix("tune_"): json.loads(path.read_text()) for path in work_dir.glob("tune_*.json")}
+    figures = tuned.get(arm, tuned["ipn"])
     return float(max(figures, key=figures.get))
 
 
@@ -192,21 +202,39 @@ def bootstrap_interval(
     return tuple(round(100 * float(x), 1) for x in (ours.mean() - theirs.mean(), low, high))
 
 
+def test_hits(
+    arm: str, args: Arguments, work_dir: Path, num_request_rounds: int | None = None
+) -> dict[str, list[np.ndarray]]:
+    """Which questions of the test each trained seed of an arm answers right, computed once.
+
+    `num_request_rounds` makes it ask in another number of rounds than it was trained with.
+    """
+    hits: dict[str, list[np.ndarray]] = {}
+    for seed in seeds_of(arm, args):
+        folder = work_dir / f"{arm}_{seed}"
+        if not (folder / "model.safetensors").exists():
+            logger.warning("%s seed %d is not trained", arm, seed)
+            continue
+        other = {} if num_request_rounds is None else {"num_request_rounds": num_request_rounds}
+        cached = folder / f"test{''.join(f'_{rounds}_rounds' for rounds in other.values())}.npz"
+        if not cached.exists():
+            np.savez(cached, **evaluate(*load(folder, **other), "test", NUM_TEST_QUESTIONS))
+        for name, right in np.load(cached).items():
+            hits.setdefault(name, []).append(right)
+    return hits
+
+
+def summary(hits: list[np.ndarray], questions: list[Question]) -> dict:
+    """Percent right per kind, the mean over seeds, and each seed's mean over kinds."""
+    figures = [per_kind(right, questions) for right in hits]
+    mean = {kind: round(float(np.mean([f[kind] for f in figures])), 1) for kind in (*KINDS, "all")}
+    return {**mean, "per_seed": [round(f["all"], 1) for f in figures]}
+
+
 def evaluate_all(args: Arguments, work_dir: Path) -> None:
     """Answers on test handwriting; writes `study.json` next to this file and prints the table."""
     tests = evaluation_questions("test", NUM_TEST_QUESTIONS)
-    hits: dict[str, dict[str, list[np.ndarray]]] = {}
-    for arm in ARMS:
-        for seed in seeds_of(arm, args):
-            folder = work_dir / f"{arm}_{seed}"
-            if not (folder / "model.safetensors").exists():
-                logger.warning("%s seed %d is not trained", arm, seed)
-                continue
-            cached = folder / "test.npz"
-            if not cached.exists():
-                np.savez(cached, **evaluate(*load(folder), "test", NUM_TEST_QUESTIONS))
-            for name, right in np.load(cached).items():
-                hits.setdefault(arm, {}).setdefault(name, []).append(right)
+    hits = {arm: by_name for arm in ARMS if (by_name := test_hits(arm, args, work_dir))}
     model, processor = build("none")
     for name, (scenes, questions) in tests.items():
         prompts = {"no_image": blind_prompts(questions), "told": told_prompts(questions, scenes)}
@@ -222,14 +250,11 @@ def evaluate_all(args: Arguments, work_dir: Path) -> None:
     }
     for name, (_, questions) in tests.items():
         for arm, by_name in hits.items():
-            figures = [per_kind(right, questions) for right in by_name[name]]
-            mean = {kind: round(float(np.mean([f[kind] for f in figures])), 1) for kind in (*KINDS, "all")}
-            mean["per_seed"] = [round(f["all"], 1) for f in figures]
-            result["exact_match"].setdefault(name, {})[arm] = mean
+            result["exact_match"].setdefault(name, {})[arm] = summary(by_name[name], questions)
             if arm in ARMS and arm != "ipn" and "ipn" in hits:
                 ours, theirs = (np.stack(hits[a][name]) for a in ("ipn", arm))
                 result["ipn_minus"].setdefault(name, {})[arm] = bootstrap_interval(ours, theirs)
-    (Path(__file__).parent / "study.json").write_text(json.dumps(result, indent=1) + "\n")
+    STUDY.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
 
 
@@ -251,6 +276,61 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def compare_family(args: Arguments, work_dir: Path) -> None:
+    """Trains what is missing, answers on test handwriting in one and in two rounds of requests; writes `family.json`
+    next to this file and prints the table."""
+    train_all(args, work_dir)
+    tests = evaluation_questions("test", NUM_TEST_QUESTIONS)
+    result: dict = {name: {} for name in tests}
+    hits = {arm: by_name for arm in args.arms if (by_name := test_hits(arm, args, work_dir))}
+    for arm, by_name in hits.items():
+        config = load(work_dir / f"{arm}_{args.seeds[0]}")[0].config
+        dynamic = 0 if config.interaction == "none" else config.num_request_rounds * config.num_dynamic_tokens
+        rounds = config.num_request_rounds if dynamic else 0
+        otherwise = test_hits(arm, args, work_dir, num_request_rounds=3 - rounds) if dynamic else None
+        for name, (_, questions) in tests.items():
+            figures = {"rounds": rounds, "visual_tokens": config.num_static_tokens + dynamic}
+            figures |= summary(by_name[name], questions)
+            if dynamic:
+                figures["in_the_other_number_of_rounds"] = summary(otherwise[name], questions)["all"]
+            if (one := arm.removesuffix("_two_rounds")) != arm and one in hits:
+                both = (np.stack(hits[a][name]) for a in (arm, one))
+                figures["minus_one_round"] = bootstrap_interval(*both)
+            result[name][arm] = figures
+    FAMILY_STUDY.write_text(json.dumps(result, indent=1) + "\n")
+    print(family_table(result))
+
+
+def family_table(result: dict) -> str:
+    """`compare_family`'s results as Markdown."""
+    lines = []
+    for name, arms in result.items():
+        head = [
+            "arm",
+            "rounds",
+            "visual tokens",
+            *KINDS,
+            "all",
+            "per seed",
+            "asked in 1 / 2 rounds",
+            "2 minus 1 round",
+        ]
+        lines += [f"{name} scenes", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for arm, figures in arms.items():
+            rounds, asked = figures["rounds"], ""
+            if rounds:
+                own_and_other = figures["all"], figures["in_the_other_number_of_rounds"]
+                asked = " / ".join(f"{x:.1f}" for x in own_and_other[:: 1 if rounds == 1 else -1])
+            gap = figures.get("minus_one_round")
+            cells = [f"`{arm}`", rounds or "-", figures["visual_tokens"]]
+            cells += [f"{figures[kind]:.1f}" for kind in (*KINDS, "all")]
+            cells += [", ".join(f"{x:.1f}" for x in figures["per_seed"]), asked]
+            cells += [f"{gap[0]} [{gap[1]}, {gap[2]}]" if gap else ""]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def ship(args: Arguments, work_dir: Path) -> None:
     """Copies configuration and weights of seed 0 of every rival."""
     for arm in args.arms:
@@ -267,10 +347,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     disable_progress_bar()
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    args.arms = args.arms or list(FAMILY if args.do == "family" else ARMS)
     torch.set_num_threads(args.num_threads)
     work_dir = Path(args.work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
-    {"tune": tune, "train": train_all, "evaluate": evaluate_all, "ship": ship}[args.do](args, work_dir)
+    work = {"tune": tune, "train": train_all, "evaluate": evaluate_all, "ship": ship, "family": compare_family}
+    work[args.do](args, work_dir)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from PIL import Image
 from scenes import CANVAS, KINDS, Question, Scenes, sample_questions, sample_scenes
 from tqdm import tqdm
 
-from transformers_lmeye import LMEyeForConditionalGeneration, LMEyeProcessor
+from transformers_lmeye import LMEyeConfig, LMEyeForConditionalGeneration, LMEyeProcessor
 from transformers_lmeye.modeling.interactive_perception import ImageFeatures
 from transformers_lmeye.training import standardize_requests
 from transformers_lmeye.training.collators import IGNORED
@@ -60,25 +60,44 @@ ARMS: dict[str, dict[str, Any]] = {
 no question, from one matrix or from the same stack on the same patches, tuned on the questions as well; the paper's
 first interaction; and the network with zeros for a request."""
 
+ONE_ROUND: dict[str, dict[str, Any]] = {
+    "clip_text": ARMS["clip_text"],
+    "clip_text_patch": {"interaction": "clip_text", "fine_grained_source": "patch"},
+    "cross_attention_global": {**ARMS["ipn"], "fine_grained_source": "global"},
+    "ipn_one_block": {**ARMS["ipn"], "interaction_num_layers": 1},
+    "ipn": ARMS["ipn"],
+}
+FAMILY: dict[str, dict[str, Any]] = {
+    "none": ARMS["none"],
+    "static_tuned": ARMS["static_tuned"],
+    **ONE_ROUND,
+    **{f"{arm}_two_rounds": {**given, "num_request_rounds": 2} for arm, given in ONE_ROUND.items()},
+}
+"""Every interaction on every source of image features that this CLIP has, with one round of requests and with two,
+beside static perception alone. Two rounds have twice the dynamic tokens. `ipn_one_block` has one block in place of
+three: does a second round stand in for depth?"""
+
 PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LEARNING_RATE = 150, 32, 1e-3
 INSTRUCT_STEPS, INSTRUCT_BATCH, INSTRUCT_LEARNING_RATE = 1200, 64, 1e-3
 
 
 def build(arm: str, seed: int = 0, **config: Any) -> tuple[LMEyeForConditionalGeneration, LMEyeProcessor]:
-    """A new model of one of `ARMS` around the shipped backbones, with its processor; `config` overrides fields."""
+    """A new model of one of `ARMS` or `FAMILY` around the shipped backbones, and its processor; `config` overrides
+    fields."""
     torch.manual_seed(seed)
-    fields_of_arm = {"num_dynamic_tokens": NUM_DYNAMIC_TOKENS, **ARMS[arm], **config}
+    fields_of_arm = {"num_dynamic_tokens": NUM_DYNAMIC_TOKENS, **(ARMS | FAMILY)[arm], **config}
     backbones = (str(BACKBONES / "clip"), str(BACKBONES / "language_model"))
     model = LMEyeForConditionalGeneration.from_vision_language_pretrained(*backbones, **fields_of_arm)
     return model, build_processor(model)
 
 
-def load(folder: str | Path) -> tuple[LMEyeForConditionalGeneration, LMEyeProcessor]:
-    """A trained IPN from `folder`, attached to the shipped backbones, with its processor."""
+def load(folder: str | Path, **config: Any) -> tuple[LMEyeForConditionalGeneration, LMEyeProcessor]:
+    """A trained IPN from `folder`, attached to the shipped backbones, and its processor; `config` overrides fields."""
     model = LMEyeForConditionalGeneration.from_pretrained(
         folder,
         vision_model_name_or_path=str(BACKBONES / "clip"),
         language_model_name_or_path=str(BACKBONES / "language_model"),
+        config=LMEyeConfig.from_pretrained(folder, **config),
     )
     return model, build_processor(model)
 
@@ -91,6 +110,7 @@ def build_processor(model: LMEyeForConditionalGeneration) -> LMEyeProcessor:
         interaction=model.config.interaction,
         num_static_tokens=model.config.num_static_tokens,
         num_dynamic_tokens=model.config.num_dynamic_tokens,
+        num_request_rounds=model.config.num_request_rounds,
     )
 
 

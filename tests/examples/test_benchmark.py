@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPConfig, LlamaConfig
+from transformers import BambaConfig, CLIPConfig, LlamaConfig, T5Config
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmark.py"
@@ -62,11 +62,22 @@ def test_ratio_is_the_median_of_the_pairs_ratios_not_the_ratio_of_medians():
     assert math.isnan(comparison.ratio[2])
 
 
-@pytest.mark.parametrize("interaction", ["clip_text", "cross_attention"])
-def test_two_passes_and_ours_compute_the_same(tmp_path, interaction):
-    arguments = tiny_arguments(tmp_path, interaction=interaction)
+IN_TWO_PASSES = [  # causal, one round, the request token dropped: what `two_pass_side` writes out
+    "clip_text_global",
+    "clip_text_patch",
+    "clip_text_qformer",
+    "cross_attention_global",
+    "cross_attention_patch",
+    "cross_attention_qformer",
+    "static_qformer",
+]
+
+
+@pytest.mark.parametrize("variant", [None, *IN_TWO_PASSES])
+def test_two_passes_and_ours_compute_the_same(tmp_path, variant):
+    arguments = tiny_arguments(tmp_path)
     torch.manual_seed(0)
-    model = benchmark.build_lmeye(arguments)
+    model = benchmark.build_lmeye(arguments, variant)
     sides = [benchmark.make_side(arguments, name, 2, model) for name in ("ours", "two_passes")]
     losses = [side.loss() for side in sides]
     torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
@@ -128,3 +139,75 @@ def test_decode_steps_take_turns_and_a_failure_ends_both(tmp_path):
 def test_unknown_row_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--rows knows first_token.*not speed"):
         tiny_arguments(tmp_path, rows=["speed"])
+
+
+@pytest.fixture
+def tiny_languages(monkeypatch):
+    """Small language models in place of the encoder-decoder and the state-space model of the table."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    mamba = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    seq2seq = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    bamba = BambaConfig(vocab_size=120, num_key_value_heads=4, attn_layer_indices=[1], **sizes, **mamba)
+    monkeypatch.setitem(benchmark.LANGUAGES, "bamba", lambda _: bamba)
+    monkeypatch.setitem(benchmark.LANGUAGES, "t5", lambda _: T5Config(vocab_size=120, **seq2seq))
+
+
+@pytest.mark.parametrize("variant", list(benchmark.VARIANTS))
+def test_plain_reads_as_many_columns_as_the_variant(tmp_path, tiny_languages, variant):
+    arguments = tiny_arguments(tmp_path)
+    model = benchmark.build_lmeye(arguments, variant)
+    language_model, config = model.language_model, model.config
+    slots = benchmark.request_slots(config)
+    read: list[int] = []
+
+    def remember(module, args, kwargs):
+        given = [*args, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
+        read.append(next(tensor for tensor in given if tensor is not None).shape[1])
+
+    stack = language_model.get_encoder() if config.is_encoder_decoder else language_model
+    stack.register_forward_pre_hook(remember, with_kwargs=True)
+    plain = benchmark.plain_side(arguments, language_model, 2, config.num_static_tokens, len(slots))
+    ours = benchmark.our_side(arguments, model, 2)
+    rounds = {"two_rounds": 2, "three_rounds": 3}.get(variant, 1)
+    kept = variant in ("keep_request_token", "encoder_decoder")
+    columns = 40 + rounds * (5 + kept)
+    plain.generate(do_sample=False, max_new_tokens=1)
+    assert read == [columns]
+    ours.generate(do_sample=False, max_new_tokens=1)  # the first time some models are tried out
+    read.clear()
+    ours.generate(do_sample=False, max_new_tokens=1)
+    if variant == "encoder_decoder":
+        assert read == [columns, columns]
+    elif variant == "state_space":  # the request behind a copy of the prefix's cache
+        assert (read[0], read[-1], len(read)) == (40, 5, 3)
+    else:
+        assert sum(read) == columns + (0 if kept else rounds)
+    read.clear()
+    plain.loss()
+    assert read == [columns if variant == "encoder_decoder" else columns + 4]
+    assert plain.trained[0].shape == (config.num_static_tokens + rounds * (5 + kept), 32)
+    trained = {id(parameter) for parameter in ours.trained}
+    assert trained and trained == {id(p) for p in model.ipn.parameters() if p.requires_grad}
+
+
+def test_every_variant_comes_out_in_the_table(tmp_path, tiny_languages, capsys):
+    arguments = tiny_arguments(tmp_path, variants=["all"])
+    comparisons, memories = benchmark.main(arguments)
+    others = {"encoder_decoder": "plain_t5", "state_space": "plain_bamba"}
+    expected = [
+        (row, batch, variant, others.get(variant, "plain"))
+        for variant in benchmark.VARIANTS
+        for row, batches in (("first_token", (1, 2)), ("training_step", (2,)))
+        for batch in batches
+    ]
+    assert [(c.row, c.batch, c.side, c.other) for c in comparisons] == expected and not memories
+    assert all(len(c.pairs) == 2 and min(min(pair) for pair in c.pairs) > 0 for c in comparisons)
+    printed = capsys.readouterr().out
+    assert "| training_step | 2 | state_space / plain_bamba |" in printed and "bamba" in printed.splitlines()[2]
+
+
+def test_variants_have_rows_of_their_own(tmp_path):
+    with pytest.raises(ValueError, match=r"--variants knows clip_text_global.*not four_rounds"):
+        tiny_arguments(tmp_path, variants=["four_rounds"])
+    with pytest.raises(ValueError, match=r"--rows knows first_token, training_step, not decode_step"):
+        tiny_arguments(tmp_path, variants=["all"], rows=["decode_step"])
