@@ -11,8 +11,9 @@ from transformers import (
 
 from .modeling.configuration_lmeye import LMEyeConfig
 from .modeling.interactive_perception import InteractivePerceptionNetwork
-from .modeling.modeling_lmeye import LMEyeForConditionalGeneration, LMEyePerception
+from .modeling.modeling_lmeye import LMEyeForConditionalGeneration
 from .modeling.open_clip_towers import OpenCLIPVisionConfig
+from .modeling.outputs import LMEyePerception
 from .modeling.towers import ImageFeatures
 from .processing.open_clip_image_processing import OpenCLIPImageProcessor
 from .processing.processing_lmeye import LMEyeProcessor

@@ -6,7 +6,6 @@ requests take one encoder pass each, and the last pass is the one the decoder at
 plain two passes is the vision side, and every pass under beams and returned sequences.
 """
 
-import copy
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,21 +14,11 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqLMOutput
 
+from .generation import complete_settings
+from .outputs import LMEyeSeq2SeqLMOutput
 from .reading import take_columns
 from .segments import group_slots
 from .towers import ImageFeatures
-
-
-@dataclass
-class LMEyeSeq2SeqLMOutput(Seq2SeqLMOutput):
-    """
-    Output of [`LMEyeForConditionalGeneration`] around an encoder-decoder: that of the language model, and
-
-    Args:
-        image_hidden_states (`torch.Tensor` of shape `[num_images, num_static_tokens, d_L]`): static information.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -233,19 +222,10 @@ class EncoderDecoderMixin:
         )
 
 
-def complete_settings(
-    defaults: GenerationConfig, given: GenerationConfig | None, kwargs: dict[str, Any]
-) -> tuple[GenerationConfig, dict[str, Any]]:
-    """A call's generation settings, filled up from the model's own, and what of `kwargs` is for the model."""
-    settings = GenerationConfig() if given is None else copy.deepcopy(given)
-    settings.update(**defaults.to_dict(), defaults_only=True, allow_custom_entries=True)
-    return settings, settings.update(**kwargs)
-
-
 def _take_both(weights: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Columns `[B, S]` of attention `[B, heads, S, S]`, in both of its directions."""
     index = columns[:, None, :, None].expand_as(weights)
     return weights.gather(2, index).gather(3, index.transpose(2, 3))
 
 
-__all__ = ["EncoderDecoderMixin", "LMEyeSeq2SeqLMOutput"]
+__all__ = ["EncoderDecoderMixin"]

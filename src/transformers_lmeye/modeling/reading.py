@@ -36,6 +36,7 @@ from .segments import (
     is_recurrent,
     join_rows,
     map_cache,
+    padded_left_only,
     roll_padding_left,
     select_rows,
 )
@@ -666,6 +667,25 @@ def _scattered(valid: torch.Tensor, groups: list[torch.Tensor], parts: list[torc
             at, columns = valid[rows].nonzero().T
             states = states.index_put((rows[at], columns), part.flatten(0, 1))
     return states
+
+
+def note_columns(reading: Reading, attention_mask: torch.Tensor) -> None:
+    """Notes on a cache that its positions count words, and whether its columns are no longer the batch's own."""
+    if reading.cache is not None:
+        reading.cache.is_of_images = True
+        reading.cache.has_moved_columns = not torch.equal(reading.mask, attention_mask.bool())
+
+
+def check_columns(cache: Cache | None, attention_mask: torch.Tensor | None = None) -> None:
+    """Refuses to go on from a cache with moved columns, unless padding lies on the left as it does in there."""
+    if not getattr(cache, "has_moved_columns", False):
+        return
+    if attention_mask is None or not padded_left_only(attention_mask[:, : cache_length(cache)]):
+        raise ValueError(
+            "past_key_values holds rows of unlike lengths, which were moved so that padding lies on their left: its "
+            "columns are no longer those of input_ids. Go on row by row, or leave past_key_values out and pass the "
+            "whole conversations with all of their images."
+        )
 
 
 __all__ = ["SegmentReadingMixin"]

@@ -208,6 +208,17 @@ def group_slots(
     return slots
 
 
+def column_order(plan: SegmentPlan, length: int) -> torch.Tensor:
+    """For each column of the batch, its place in the segments laid end to end; padding points at a word. `[B, S]`."""
+    columns = torch.cat([segment.columns for segment in plan.segments], dim=1)
+    valid = torch.cat([segment.valid for segment in plan.segments], dim=1)
+    order = valid.long().argmax(dim=1, keepdim=True).repeat(1, length)
+    start = int(columns[valid].min())
+    rows, places = valid.nonzero().T
+    order[rows, columns[rows, places] - start] = places
+    return order
+
+
 def _segment(columns, valid, requesting, slots, device) -> Segment:
     return Segment(
         columns.to(device), valid.to(device), requesting.to(device), None if slots is None else slots.to(device)
