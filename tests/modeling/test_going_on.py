@@ -1,9 +1,16 @@
 """What a call leaves behind for the next one: caches of batches, settings of a language model, checkpointing."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 from transformers import GenerationConfig
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from tiny_backbones import tiny_language_model
 
 
 def _padded_batch(model, padding):
@@ -94,3 +101,26 @@ def test_what_the_decoding_loop_asks(build):
     assert rebuilt._is_stateful is True
     with pytest.raises(ValueError, match="stateful"):
         rebuilt.generate(torch.tensor([[5, 6, 7]]), prompt_lookup_num_tokens=2, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_hidden_states_of_models_that_keep_several(folders, tmp_path, padding):
+    """Gemma-3n has more than one state for each layer; columns are the last dimension but one everywhere."""
+    from transformers_lmeye import LMEyeForConditionalGeneration
+
+    tiny_language_model("gemma3n_text").save_pretrained(tmp_path)
+    model = LMEyeForConditionalGeneration.from_vision_language_pretrained(
+        str(folders.vision()), str(tmp_path), interaction="cross_attention", **tiny.SMALL_STACK
+    )
+    batch = _padded_batch(model, padding)
+    with torch.no_grad():
+        found = model(**batch, output_hidden_states=True).hidden_states
+        for row, valid in enumerate(batch["attention_mask"].bool()):
+            ids = batch["input_ids"][row : row + 1, valid]
+            alone = model(
+                input_ids=ids, pixel_values=batch["pixel_values"][row : row + 1], output_hidden_states=True
+            ).hidden_states
+            assert max(states.dim() for states in alone) == 4 and len(alone) == len(found)
+            for states, expected in zip(found, alone, strict=True):
+                states = states[..., row : row + 1, :, :][..., valid, :]
+                torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)

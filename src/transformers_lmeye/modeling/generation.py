@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from .outputs import LMEyeCausalLMOutputWithPast
-from .reading import Reading, check_columns, last_place, note_columns, take_columns
+from .reading import Reading, check_columns, join_hidden_states, last_place, note_columns, take_columns
 from .segments import cache_length, column_order, counts_columns, is_foreign, is_recurrent, repeat_rows
 from .towers import ImageFeatures
 
@@ -177,12 +177,8 @@ class PerceivedGenerationMixin:
         logits = reading.logits[-1]
         if not last.right_aligned:
             logits = take_columns(logits, last_place(last.valid))
-        hidden_states = None
-        if output_hidden_states:
-            hidden_states = tuple(torch.cat(parts, dim=1) for parts in zip(*reading.hidden_states, strict=True))
-            if not plan.contiguous:
-                order = column_order(plan, input_ids.shape[1] - start)
-                hidden_states = tuple(take_columns(states, order) for states in hidden_states)
+        order = None if plan.contiguous else column_order(plan, input_ids.shape[1] - start)
+        hidden_states = join_hidden_states(reading.hidden_states, order)
         outputs = LMEyeCausalLMOutputWithPast(
             logits=logits, past_key_values=reading.cache, hidden_states=hidden_states
         )

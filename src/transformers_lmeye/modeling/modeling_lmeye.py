@@ -33,6 +33,7 @@ from .reading import (
     SegmentReadingMixin,
     accepted_arguments,
     check_columns,
+    join_hidden_states,
     note_columns,
     take_columns,
 )
@@ -511,13 +512,9 @@ class LMEyeForConditionalGeneration(
         reading = self._sweep(laid_out, plan, past_key_values, num_logits, output_hidden_states)
         note_columns(reading, laid_out.attention_mask)
         logits = torch.cat(reading.logits, dim=1)
-        hidden_states = None
-        if output_hidden_states:
-            hidden_states = tuple(torch.cat(parts, dim=1) for parts in zip(*reading.hidden_states, strict=True))
-        if not plan.contiguous:
-            order = column_order(plan, input_ids.shape[1] - start)
+        order = None if plan.contiguous else column_order(plan, input_ids.shape[1] - start)
+        if order is not None:
             logits = take_columns(logits, order)
-            hidden_states = hidden_states and tuple(take_columns(states, order) for states in hidden_states)
             if isinstance(logits_to_keep, int) and logits_to_keep:
                 logits = logits[:, -logits_to_keep:]
         if not isinstance(logits_to_keep, int):
@@ -525,7 +522,7 @@ class LMEyeForConditionalGeneration(
         return {
             "logits": logits,
             "past_key_values": reading.cache,
-            "hidden_states": hidden_states,
+            "hidden_states": join_hidden_states(reading.hidden_states, order),
             "image_hidden_states": laid_out.static_tokens,
         }
 

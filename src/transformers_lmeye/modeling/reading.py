@@ -91,8 +91,8 @@ def accepted_arguments(language_model: PreTrainedModel) -> frozenset[str]:
 
 
 def take_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Columns `[B, W]` of states `[B, S, D]`: `[B, W, D]`."""
-    return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
+    """Columns int `[B, W]` of states `[.., B, S, D]`: `[.., B, W, D]`."""
+    return states.gather(-2, columns[..., None].expand(*states.shape[:-2], -1, states.shape[-1]))
 
 
 def last_place(valid: torch.Tensor) -> torch.Tensor:
@@ -623,7 +623,7 @@ class SegmentReadingMixin:
             reading, embeds, valid, num_logits + 1 if num_logits else 0, output_hidden_states
         )
         if hidden_states is not None:
-            hidden_states = tuple(states[:, :width] for states in hidden_states)
+            hidden_states = tuple(states[..., :width, :] for states in hidden_states)
         self._collect(reading, None if logits is None else logits[:, :-1], hidden_states)
         if segment.right_aligned:
             reading.cache.crop(-1)
@@ -667,6 +667,26 @@ def _scattered(valid: torch.Tensor, groups: list[torch.Tensor], parts: list[torc
             at, columns = valid[rows].nonzero().T
             states = states.index_put((rows[at], columns), part.flatten(0, 1))
     return states
+
+
+def join_hidden_states(
+    parts: list[tuple[torch.Tensor, ...]], order: torch.Tensor | None
+) -> tuple[torch.Tensor, ...] | None:
+    """
+    Hidden states of segments as those of the batch.
+
+    Args:
+        parts: for each segment every layer's `[.., B, W, D]`; some models keep several states of a layer.
+        order (int `[B, S]`, *optional*): for each column its place in the segments laid end to end; without it they
+            are in order.
+
+    Returns:
+        every layer's `[.., B, S, D]`; `None` where there are none.
+    """
+    if not parts:
+        return None
+    layers = (torch.cat(layer, dim=-2) for layer in zip(*parts, strict=True))
+    return tuple(layers) if order is None else tuple(take_columns(states, order) for states in layers)
 
 
 def note_columns(reading: Reading, attention_mask: torch.Tensor) -> None:
