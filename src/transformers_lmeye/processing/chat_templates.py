@@ -1,6 +1,6 @@
 """Chat templates that write slots: one `<img>` per image, one request per user turn that can see an image."""
 
-# The released prompts: what `Image as evidence` shows, a question, and the request behind the question.
+# Turns one after another; what the released models differ in is how a user's turn is written.
 RELEASED_FORMAT = r"""
 {%- set state = namespace(images=0) -%}
 {%- for message in messages -%}
@@ -11,35 +11,25 @@ RELEASED_FORMAT = r"""
   {%- set state.images = state.images + images -%}
   {%- if message['role'] == 'user' -%}
     {{- '' if loop.first else '\n' -}}
-    {%- if images -%}{{- 'Image as evidence: ' ~ (['<img>'] * images) | join(' ') ~ '\n ' -}}{%- endif -%}
-    {{- 'Question: ' ~ text ~ (REQUEST if state.images else '') ~ '\nAnswer:' -}}
-  {%- elif message['role'] == 'assistant' -%}
-    {{- ' ' -}}{%- generation -%}{{- text ~ (eos_token or '') -}}{%- endgeneration -%}
-  {%- else -%}
-    {{- text ~ '\n' -}}
-  {%- endif -%}
-{%- endfor -%}
-"""
-
-# The released dialogue of requests with a slot of their own (LMEye v0.1, an encoder-decoder).
-DIALOGUE_FORMAT = r"""
-{%- set state = namespace(images=0) -%}
-{%- for message in messages -%}
-  {%- set content = message['content'] -%}
-  {%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
-  {%- set images = parts | selectattr('type', 'equalto', 'image') | list | length -%}
-  {%- set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(' ') -%}
-  {%- set state.images = state.images + images -%}
-  {%- if message['role'] == 'user' -%}
-    {{- '' if loop.first else '\n' -}}
-    {{- 'Human: ' -}}{%- if images -%}{{- (['<img>'] * images) | join(' ') ~ '\n' -}}{%- endif -%}
-    {{- text ~ ('\n' ~ REQUEST if state.images and REQUEST else '') ~ '\nAssistant:' -}}
+    USER_TURN
   {%- elif message['role'] == 'assistant' -%}
     {{- ' ' -}}{%- generation -%}{{- text ~ END_OF_ANSWER -}}{%- endgeneration -%}
   {%- else -%}
     {{- text ~ '\n' -}}
   {%- endif -%}
 {%- endfor -%}
+"""
+
+# What `Image as evidence` shows, a question, and the request behind the question.
+QUESTION_TURN = r"""
+    {%- if images -%}{{- 'Image as evidence: ' ~ (['<img>'] * images) | join(' ') ~ '\n ' -}}{%- endif -%}
+    {{- 'Question: ' ~ text ~ (REQUEST if state.images else '') ~ '\nAnswer:' -}}
+"""
+
+# A turn of a dialogue whose requests have a slot of their own (LMEye v0.1, an encoder-decoder).
+DIALOGUE_TURN = r"""
+    {{- 'Human: ' -}}{%- if images -%}{{- (['<img>'] * images) | join(' ') ~ '\n' -}}{%- endif -%}
+    {{- text ~ ('\n' ~ REQUEST if state.images and REQUEST else '') ~ '\nAssistant:' -}}
 """
 
 # Turns content parts into words and slots, and leaves the words to the language model's own template.
@@ -87,9 +77,10 @@ def build_chat_template(
     if has_requests:
         request = "' <img-q> <img-d>'" if keep_request_token else "' <img-d>'"
     if language_model_template is None:
-        released = DIALOGUE_FORMAT if keep_request_token or is_encoder_decoder else RELEASED_FORMAT
+        turn = DIALOGUE_TURN if keep_request_token or is_encoder_decoder else QUESTION_TURN
         end = "''" if is_encoder_decoder else "(eos_token or '')"
-        return released.strip().replace("REQUEST", request).replace("END_OF_ANSWER", end)
+        released = RELEASED_FORMAT.strip().replace("USER_TURN", turn.strip())
+        return released.replace("REQUEST", request).replace("END_OF_ANSWER", end)
     return CONTENT_PARTS.strip().replace("REQUEST", request) + language_model_template
 
 
