@@ -29,6 +29,8 @@ from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from .soft_tokens import SoftTokenReadingMixin, causal_attention_weights
+
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # open_clip's own order of preference; other files are taken where they are the only one.
@@ -235,7 +237,7 @@ class OpenCLIPVisionTower(_OpenCLIPModel):
 # --- text encoder --------------------------------------------------------------------------------------------------
 
 
-class OpenCLIPTextEncoder(_OpenCLIPModel):
+class OpenCLIPTextEncoder(SoftTokenReadingMixin, _OpenCLIPModel):
     """
     The causal text transformer of an open_clip model.
 
@@ -256,41 +258,19 @@ class OpenCLIPTextEncoder(_OpenCLIPModel):
         self.text.attn_mask = None  # made for the length that is read; no checkpoint holds it
         self.post_init()
 
-    def read_soft_tokens(
-        self, soft_tokens: torch.Tensor, output_attentions: bool = False
+    def _embed_ends(self, positions: torch.Tensor) -> torch.Tensor:
+        ids = torch.tensor([self.config.bos_token_id, self.config.eos_token_id], device=positions.device)
+        return self.text.token_embedding(ids) + self.text.positional_embedding[positions]
+
+    def _read_states(
+        self, states: torch.Tensor, output_attentions: bool
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-        """
-        The causal transformer over [bos, soft tokens, eos], as a text of that length would be read.
-
-        Args:
-            soft_tokens (`[R, n, d_t]`): in place of word embeddings; they get no position embedding. bos has position
-                0, eos position n + 1.
-            output_attentions (`bool`): whether to return each layer's attention.
-
-        Returns:
-            every position after the final norm and the text projection, `[R, n + 2, d_p]`; each layer's attention
-            `[R, heads, n + 2, n + 2]` if asked for, else `None`.
-
-        Raises:
-            ValueError: n + 2 is more than the encoder's positions.
-        """
-        text, length = self.text, soft_tokens.shape[1] + 2
-        if length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{length - 2} soft tokens with bos and eos need {length} positions of the CLIP text encoder, which "
-                f"has {self.config.max_position_embeddings}: show fewer images in one row, pool their features with a "
-                'smaller num_fine_grained_tokens, or use interaction="cross_attention".'
-            )
-        ids = torch.tensor([self.config.bos_token_id, self.config.eos_token_id], device=soft_tokens.device)
-        positions = torch.tensor([0, length - 1], device=soft_tokens.device)
-        ends = (text.token_embedding(ids) + text.positional_embedding[positions]).to(soft_tokens.dtype)
-        ends = ends.expand(soft_tokens.shape[0], -1, -1)
-        states = torch.cat([ends[:, :1], soft_tokens, ends[:, 1:]], dim=1)
+        text, length = self.text, states.shape[1]
         mask = states.new_full((length, length), float("-inf")).triu(1)
         attentions = []
         for block in text.transformer.resblocks:
             if output_attentions:
-                attentions.append(_attention_weights(block, states, mask))
+                attentions.append(_attention_weights(block, states))
             states = block(states, attn_mask=mask)
         states = text.ln_final(states)
         if isinstance(text.text_projection, nn.Linear):
@@ -300,7 +280,7 @@ class OpenCLIPTextEncoder(_OpenCLIPModel):
         return states, tuple(attentions) if output_attentions else None
 
 
-def _attention_weights(block: nn.Module, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _attention_weights(block: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """The attention `[R, heads, S, S]` that a block's fused kernel computes without returning it."""
     attention = block.attn
     queries, keys, _ = nn.functional.linear(
@@ -309,7 +289,7 @@ def _attention_weights(block: nn.Module, states: torch.Tensor, mask: torch.Tenso
     queries, keys = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in (queries, keys))
     if hasattr(attention, "ln_q"):
         queries, keys = attention.ln_q(queries), attention.ln_k(keys)
-    return (queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1]) + mask).softmax(dim=-1)
+    return causal_attention_weights(queries, keys)
 
 
 def _text_tower_problem(text_cfg: dict[str, Any]) -> str | None:

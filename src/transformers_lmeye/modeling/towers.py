@@ -30,6 +30,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_lmeye import LMEyeConfig
 from .open_clip_towers import OpenCLIPTextConfig, OpenCLIPTextEncoder, OpenCLIPVisionConfig
+from .soft_tokens import SoftTokenReadingMixin, causal_attention_weights
 
 
 logger = logging.get_logger(__name__)
@@ -356,66 +357,35 @@ def clip_text_ends(config: CLIPTextConfig) -> tuple[int, int]:
     return config.bos_token_id, config.eos_token_id
 
 
-class CLIPTextEncoder(CLIPTextModelWithProjection):
+class CLIPTextEncoder(SoftTokenReadingMixin, CLIPTextModelWithProjection):
     """CLIP's text encoder, which can also read vectors in place of words. It stays in float32, as the IPN does."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__(_without_flash(config))
 
-    def read_soft_tokens(
-        self, soft_tokens: torch.Tensor, output_attentions: bool = False
+    def _embed_ends(self, positions: torch.Tensor) -> torch.Tensor:
+        ids = torch.tensor(clip_text_ends(self.config), device=positions.device)
+        return self.text_model.embeddings(input_ids=ids[None], position_ids=positions[None])[0]
+
+    def _read_states(
+        self, states: torch.Tensor, output_attentions: bool
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-        """
-        The causal transformer over [bos, soft tokens, eos], as a text of that length would be read.
-
-        Args:
-            soft_tokens (`[R, n, d_t]`): in place of word embeddings; they get no position embedding. bos has position
-                0, eos position n + 1.
-            output_attentions (`bool`): whether to return each layer's attention.
-
-        Returns:
-            every position after the final norm and the text projection, `[R, n + 2, d_p]`; each layer's attention
-            `[R, heads, n + 2, n + 2]` if asked for, else `None`.
-
-        Raises:
-            ValueError: n + 2 is more than the encoder's positions.
-        """
-        text_model, length = self.text_model, soft_tokens.shape[1] + 2
-        if length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{length - 2} soft tokens with bos and eos need {length} positions of the CLIP text encoder, which "
-                f"has {self.config.max_position_embeddings}: show fewer images in one row, pool their features with a "
-                'smaller num_fine_grained_tokens, or use interaction="cross_attention".'
-            )
-        ids = torch.tensor(clip_text_ends(self.config), device=soft_tokens.device)
-        positions = torch.tensor([0, length - 1], device=soft_tokens.device)
-        ends = text_model.embeddings(input_ids=ids[None], position_ids=positions[None])
-        ends = ends.expand(soft_tokens.shape[0], -1, -1)
-        states = torch.cat([ends[:, :1], soft_tokens, ends[:, 1:]], dim=1)
+        text_model = self.text_model
         mask = create_causal_mask(
             config=text_model.config, inputs_embeds=states, attention_mask=None, past_key_values=None
         )
         attentions = []
         for layer in text_model.encoder.layers:
             if output_attentions:
-                normed = layer.layer_norm1(states)
-                attention = layer.self_attn
-                attentions.append(
-                    _causal_attention_weights(
-                        attention.q_proj(normed), attention.k_proj(normed), self.config.num_attention_heads
-                    )
+                normed, attention = layer.layer_norm1(states), layer.self_attn
+                queries, keys = (
+                    project(normed).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
+                    for project in (attention.q_proj, attention.k_proj)
                 )
+                attentions.append(causal_attention_weights(queries, keys))
             states = layer(states, mask, is_causal=True)
         projected = self.text_projection(text_model.final_layer_norm(states))
         return projected, tuple(attentions) if output_attentions else None
-
-
-def _causal_attention_weights(queries: torch.Tensor, keys: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Causal attention `[R, heads, S, S]` of `queries` and `keys`, both `[R, S, d_t]` as projected."""
-    queries, keys = (states.unflatten(-1, (num_heads, -1)).transpose(1, 2) for states in (queries, keys))
-    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
 
 
 def build_text_encoder(config: LMEyeConfig) -> PreTrainedModel:
