@@ -110,23 +110,9 @@ class EncoderDecoderMixin:
                 rows = torch.tensor([row for row, _, _ in chosen], device=embeds.device)
                 columns = torch.tensor([column for _, column, _ in chosen], device=embeds.device)
                 owned = torch.stack([group for _, _, group in chosen]).to(embeds.device)
-                images = self._images_before(laid_out, rows, owned[:, 0])
                 requests = self._run_encoder(embeds, mask).last_hidden_state[rows, columns]
-                device = self.ipn.image_token.device
-                tokens, attention = self.ipn(
-                    requests.to(device), image_features.to(device), images.to(device), return_weights
-                )
-                embeds = embeds.index_put((rows[:, None], owned), tokens.to(embeds))
-                perceptions.append(
-                    {
-                        "rows": rows,
-                        "columns": columns,
-                        "requests": requests,
-                        "images": images,
-                        "tokens": tokens,
-                        "attention": attention,
-                    }
-                )
+                embeds, perception = self._look_up(laid_out, embeds, rows, owned, requests, return_weights)
+                perceptions.append(perception)
         outputs = None if perceive_only else self._run_encoder(embeds, mask, **kwargs)
         return Encoding(outputs, mask, laid_out.static_tokens, perceptions)
 

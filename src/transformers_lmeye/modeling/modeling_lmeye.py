@@ -341,6 +341,43 @@ class LMEyeForConditionalGeneration(
         order = seen.long().argsort(dim=1, descending=True, stable=True)[:, :most]
         return order.masked_fill(~seen.gather(1, order), -1)
 
+    def _look_up(
+        self,
+        laid_out: LaidOutBatch,
+        embeds: torch.Tensor,
+        rows: torch.Tensor,
+        slots: torch.Tensor,
+        requests: torch.Tensor,
+        return_weights: bool,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+        """
+        Looks requests up in the images before them, and fills their dynamic slots.
+
+        Args:
+            laid_out ([`LaidOutBatch`]): where the batch's images are.
+            embeds (`[B, S, d_L]`): the batch so far.
+            rows (int `[R]`), slots (int `[R, k]`): the row of each request, and the columns it fills.
+            requests (`[R, d_h]`): what is asked.
+            return_weights (`bool`): whether to return where the requests looked.
+
+        Returns:
+            the filled batch `[B, S, d_L]`, and what was perceived, by the names that `perceive` joins.
+        """
+        images = self._images_before(laid_out, rows, slots[:, 0])
+        device = self.ipn.image_token.device
+        tokens, attention = self.ipn(
+            requests.to(device), laid_out.features.to(device), images.to(device), return_weights
+        )
+        embeds = embeds.index_put((rows[:, None], slots), self._in_slot(tokens).to(embeds))
+        return embeds, {
+            "rows": rows,
+            "columns": slots[:, 0],
+            "requests": requests,
+            "images": images,
+            "tokens": tokens,
+            "attention": attention,
+        }
+
     # --- forward -----------------------------------------------------------------------------------------------
 
     @can_return_tuple

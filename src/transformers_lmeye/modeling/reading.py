@@ -130,14 +130,6 @@ class _FoundByTrying(cached_property):
 class SegmentReadingMixin:
     """How [`LMEyeForConditionalGeneration`] reads with a causal language model."""
 
-    @property
-    def _decoder(self) -> nn.Module:
-        """The language model without its head; adapters are inside."""
-        language_model = self.language_model
-        if hasattr(language_model, "get_base_model"):
-            language_model = language_model.get_base_model()
-        return language_model.get_decoder()
-
     # --- what the language model can do ------------------------------------------------------------------------
 
     @property
@@ -541,23 +533,10 @@ class SegmentReadingMixin:
     ) -> None:
         """Looks requests `[B, d_h]` up in the images before them, and fills their dynamic slots."""
         rows = segment.requesting.nonzero().flatten()
-        images = self._images_before(laid_out, rows, segment.slots[rows, 0])
-        device = self.ipn.image_token.device
-        tokens, attention = self.ipn(
-            requests[rows].to(device), laid_out.features.to(device), images.to(device), wanted.weights
+        reading.embeds, perception = self._look_up(
+            laid_out, reading.embeds, rows, segment.slots[rows], requests[rows], wanted.weights
         )
-        places = (rows[:, None], segment.slots[rows])
-        reading.embeds = reading.embeds.index_put(places, self._in_slot(tokens).to(reading.embeds))
-        reading.perceptions.append(
-            {
-                "rows": rows,
-                "columns": segment.slots[rows, 0],
-                "requests": requests[rows],
-                "images": images,
-                "tokens": tokens,
-                "attention": attention,
-            }
-        )
+        reading.perceptions.append(perception)
 
     def _place_request_token(self, reading: Reading, segment: Segment) -> None:
         """Puts the request token into `<img-q>`, the last slot of the segment."""
