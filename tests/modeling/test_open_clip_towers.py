@@ -424,7 +424,7 @@ def test_dtype_and_ignored_attention(tmp_path):
 
 # --- other towers --------------------------------------------------------------------------------------------------
 
-# The 196 published weights of open_clip are of these kinds.
+# The published weights of open_clip are of these kinds.
 TOWERS = {
     "layer-scale": {**VISION_CFG, "ls_init_value": 0.5},
     "average-pooled": {**VISION_CFG, "pool_type": "avg", "final_ln_after_pool": True, "pos_embed_type": "sin_cos_2d"},

@@ -68,6 +68,11 @@ class PerceivedGenerationMixin:
         Returns:
             int `[batch, seq + new]`: prompt, slots included, and new tokens (new tokens alone from an
             encoder-decoder); or the mixin's output holding them.
+
+        Raises:
+            ValueError: images and `<img>` slots differ in number; a request stands before any image;
+                `output_attentions` of a causal model's prompt with images; `max_length` leaves no room; a kind of
+                cache that the prompt's cannot be copied into.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if pixel_values is not None and image_features is None:
