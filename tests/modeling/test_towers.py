@@ -188,6 +188,27 @@ def refuse(folder, *fragments, layer=LAYER, **inputs):
         assert fragment in str(raised.value), str(raised.value)
 
 
+def test_features_join_in_order():
+    """Images of all parts, row by row; shorter lists of patches are padded, and the mask says so."""
+    whole = ImageFeatures(torch.randn(3, 4), torch.randn(3, 5, 6), torch.randn(3, 2, 7))
+    joined = ImageFeatures.join([whole[:1], whole[1:]])
+    assert torch.equal(joined.pooled, whole.pooled)
+    assert torch.equal(joined.patches, whole.patches)
+    assert torch.equal(joined.queries, whole.queries)
+    assert joined.patch_mask is None
+    assert joined.spatial_shapes is None
+    shapes = torch.tensor([[1, 5]])
+    long = ImageFeatures(whole.pooled[:1], whole.patches[:1], spatial_shapes=shapes)
+    mask = torch.tensor([[True, True, False]])
+    short = ImageFeatures(whole.pooled[1:2], whole.patches[1:2, :3], patch_mask=mask, spatial_shapes=shapes + 1)
+    joined = ImageFeatures.join([long, short])
+    assert torch.equal(joined.patches[0], whole.patches[0])
+    assert torch.equal(joined.patches[1, :3], whole.patches[1, :3])
+    assert not joined.patches[1, 3:].any()
+    assert joined.patch_mask.tolist() == [[True] * 5, [True, True, False, False, False]]
+    assert joined.spatial_shapes.tolist() == [[1, 5], [2, 6]]
+
+
 def test_no_pooled_output(folders):
     refuse(
         folders.tower("ijepa"), "IJepaModel", "no pooled output", "another vision tower", pixel_values=tiny.pixels(1)
@@ -322,6 +343,11 @@ VARIANTS = {
         "siglip2",
         {"interaction": "none", "visual_mapping": "resampler", "num_static_tokens": 3},
     ),
+    "siglip2 static patches": (
+        "siglip2",
+        {"interaction": "none", "visual_mapping": "patch", "num_static_tokens": 4},
+    ),
+    "dinov2 static patches": ("dinov2", {"interaction": "cross_attention", "visual_mapping": "patch"}),
     "dinov2 clip_text patches": ("dinov2", {"interaction": "clip_text", "fine_grained_source": "patch"}),
     "dinov2_with_registers patches": ("dinov2_with_registers", {"interaction": "cross_attention"}),
     "vit global": ("vit", {"interaction": "cross_attention", "fine_grained_source": "global"}),
@@ -416,7 +442,7 @@ def test_static_token_of_siglip(attach, folders):
         assert (model.ipn.static_tokens(model.get_image_features(pixels))[:, 0] - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("variant", ["siglip2 patches", "siglip2 resampler"])
+@pytest.mark.parametrize("variant", ["siglip2 patches", "siglip2 resampler", "siglip2 static patches"])
 def test_padded_patches_are_not_seen(attach, folders, variant):
     """What stands behind a picture's own patches changes nothing; what stands among them does."""
     kind, config = VARIANTS[variant]

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from transformers_lmeye import LMEyeConfig, LMEyeProcessor
+from transformers_lmeye.modeling.towers import ImageFeatures
 
 
 K = 5
@@ -342,6 +343,22 @@ def test_a_q_former_beside_another_language_model(folders, words):
     images = " ".join(["<img>"] * tiny.NUM_QUERIES)
     text = f"Image as evidence: {images}\n Question: what is it? <img-d>\nAnswer:"
     assert inputs["input_ids"].tolist() == [spell(text, words())]
+
+
+def test_a_slot_for_each_patch(folders):
+    from transformers_lmeye import LMEyeForConditionalGeneration
+
+    backbones = str(folders.vision()), str(folders.language())
+    mapping = {"visual_mapping": "patch", "interaction": "none"}
+    model = LMEyeForConditionalGeneration.from_vision_language_pretrained(*backbones, **mapping)
+    processor = LMEyeProcessor.from_vision_language_pretrained(*backbones, **mapping)
+    assert processor.num_static_tokens == model.config.num_static_tokens == 16
+    ids = processor(images=tiny.picture(), text="what is it?")["input_ids"]
+    assert ids.count(processor.image_token_id) == 16
+    fewer = LMEyeProcessor.from_vision_language_pretrained(*backbones, **mapping, num_static_tokens=4)
+    assert fewer.num_static_tokens == 4
+    with pytest.raises(ValueError, match="does not say how many.*give num_static_tokens"):
+        LMEyeProcessor.from_vision_language_pretrained(str(folders.tower("siglip2")), backbones[1], **mapping)
 
 
 # --- images --------------------------------------------------------------------------------------------------------
@@ -709,3 +726,31 @@ torch.save(processor(images=Image.open(sys.argv[3]), text="who?", return_tensors
         return
     expected = make()(images=picture, text="who?", return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(torch.load(tmp_path / "pixels.pt"), expected, atol=1e-6, rtol=0)
+
+
+# --- features in place of pictures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("texts", ["What?", ["What?", "Who is it?"], ["<img> and <img>", "no picture", "<img> here"]])
+def test_features_stand_for_pictures(make, texts):
+    """The words are those that come with pictures, and the features are handed on as they are."""
+    processor = make()
+    num_images = {1: 1, 2: 2, 3: 3}[1 if isinstance(texts, str) else len(texts)]
+    pictures = [tiny.picture(seed) for seed in range(num_images)]
+    features = ImageFeatures(torch.randn(num_images, 24))
+    expected = processor(images=pictures, text=texts, return_tensors="pt")
+    got = processor(image_features=features, text=texts, return_tensors="pt")
+    assert got["image_features"] is features
+    assert "pixel_values" not in got
+    assert torch.equal(got["input_ids"], expected["input_ids"])
+    assert torch.equal(got["attention_mask"], expected["attention_mask"])
+
+
+def test_features_and_their_slots_must_agree(make):
+    features = ImageFeatures(torch.randn(2, 24))
+    with pytest.raises(ValueError, match="sample 0 has 2 images and 1 `<img>` slots"):
+        make()(image_features=features, text="<img> alone")
+    with pytest.raises(ValueError, match="2 images for 3 texts"):
+        make()(image_features=features, text=["a", "b", "c"])
+    with pytest.raises(ValueError, match="not both"):
+        make()(images=[tiny.picture()], image_features=features, text="What?")

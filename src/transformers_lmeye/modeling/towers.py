@@ -6,6 +6,7 @@ width of the Q-Former, `d_t` width of the text encoder, `R` requests, `n` soft t
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -67,6 +68,31 @@ class ImageFeatures:
         return self._map(
             lambda tensor: tensor.to(*args, **kwargs) if tensor.is_floating_point() else tensor.to(device)
         )
+
+    @staticmethod
+    def join(parts: Sequence["ImageFeatures"]) -> "ImageFeatures":
+        """The images of all parts, in their order, as one; where numbers of patches differ the shorter are padded."""
+        joined: dict[str, torch.Tensor] = {}
+        counts = [0 if part.patches is None else part.patches.shape[1] for part in parts]
+        padded = any(part.patch_mask is not None for part in parts) or len(set(counts)) > 1
+        for name in (field.name for field in fields(ImageFeatures)):
+            tensors = [getattr(part, name) for part in parts]
+            if name == "patch_mask" and padded:
+                tensors = [
+                    part.patches.new_ones(part.patches.shape[:2], dtype=torch.bool) if mask is None else mask
+                    for part, mask in zip(parts, tensors, strict=True)
+                ]
+            if any(tensor is None for tensor in tensors):
+                continue
+            if name in ("patches", "patch_mask"):
+                missing = [max(counts) - count for count in counts]
+                sides = (0, 0) if name == "patches" else ()
+                tensors = [
+                    torch.nn.functional.pad(tensor, (*sides, 0, more))
+                    for tensor, more in zip(tensors, missing, strict=True)
+                ]
+            joined[name] = torch.cat(tensors)
+        return ImageFeatures(**joined)
 
     def _map(self, function) -> "ImageFeatures":
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -131,7 +157,7 @@ def vision_widths(vision_config: PreTrainedConfig, layer: int = -1) -> tuple[int
 def uses_patches(config: LMEyeConfig) -> bool:
     """Whether a model of this configuration reads patch tokens."""
     in_interaction = config.interaction != "none" and config.fine_grained_source == "patch"
-    return in_interaction or config.visual_mapping == "resampler"
+    return in_interaction or config.visual_mapping in ("patch", "resampler")
 
 
 def check_vision_tower(config: LMEyeConfig) -> None:

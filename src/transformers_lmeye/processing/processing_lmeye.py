@@ -182,6 +182,8 @@ class LMEyeProcessor(ProcessorMixin):
             num_static_tokens = 1
             if visual_mapping == "qformer":
                 num_static_tokens = AutoConfig.from_pretrained(vision_model_name_or_path, **vision).num_query_tokens
+            elif visual_mapping == "patch":
+                num_static_tokens = _num_patches(vision_model_name_or_path, **vision)
         if keep_request_token is None:
             keep_request_token = is_encoder_decoder
         has_requests = interaction != "none"
@@ -224,6 +226,7 @@ class LMEyeProcessor(ProcessorMixin):
         pad_to_multiple_of: int | None = None,
         add_special_tokens: bool | None = None,
         return_tensors: str | None = None,
+        image_features: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -236,12 +239,13 @@ class LMEyeProcessor(ProcessorMixin):
             add_special_tokens (`bool`, *optional*): default: bos alone if `add_bos` in rows with images of a causal
                 model; else what the tokenizer does.
             return_tensors (`str`, *optional*): `"pt"` or `"np"`.
+            image_features ([`ImageFeatures`]): what the model's `get_image_features` returned, in place of images.
             kwargs: for the image processor.
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` `[batch, seq]`, `pixel_values`
             `[num_images, channels, height, width]` in the order of the `<img>` slots, and whatever else the vision
-            tower takes.
+            tower takes; with `image_features` these in place of pixels.
 
         Raises:
             ValueError: images and `<img>` slots of a sample differ in number; dynamic slots are no multiple of
@@ -249,11 +253,17 @@ class LMEyeProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("Give a text with the images: a question, or a text with `<img>` slots.")
+        if images is not None and image_features is not None:
+            raise ValueError("Give images or image_features, not both: the features stand for the images.")
         texts = [text] if isinstance(text, str) else list(text)
         batch_images = self._images_per_text(images, texts)
+        if image_features is None:
+            counts = [len(row_images) for row_images in batch_images]
+        else:
+            counts = self._split_images(len(image_features), texts)
         rows = [
-            self._tokenize(index, row_text, len(row_images), add_special_tokens, bool(truncation), max_length)
-            for index, (row_text, row_images) in enumerate(zip(texts, batch_images, strict=True))
+            self._tokenize(index, row_text, num_images, add_special_tokens, bool(truncation), max_length)
+            for index, (row_text, num_images) in enumerate(zip(texts, counts, strict=True))
         ]
         single = isinstance(text, str) and return_tensors is None
         data = self._pad(rows, padding, max_length, padding_side, pad_to_multiple_of)
@@ -263,7 +273,10 @@ class LMEyeProcessor(ProcessorMixin):
         if flat:
             kwargs = {name: value for name, value in kwargs.items() if value is not None and name not in _TEXT_KWARGS}
             data.update(self.image_processor(flat, return_tensors=return_tensors or "pt", **kwargs))
-        return BatchFeature(data, tensor_type=return_tensors)
+        batch = BatchFeature(data, tensor_type=return_tensors)
+        if image_features is not None:
+            batch["image_features"] = image_features
+        return batch
 
     @property
     def model_input_names(self) -> list[str]:
@@ -280,20 +293,9 @@ class LMEyeProcessor(ProcessorMixin):
             raise ValueError(f"Sample 0, image 0 is no image but {_describe(images)}: {_IMAGE_REMEDY}")
         if any(isinstance(entry, (list, tuple)) for entry in images):
             nested = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
-        elif len(texts) == 1:
-            nested = [list(images)]
         else:
-            counts = [self._count_images(text) for text in texts]
-            if len(images) == len(texts) and all(count in (0, 1) for count in counts):
-                nested = [[] if image is None else [image] for image in images]
-            elif sum(counts) == len(images):
-                remaining = iter(images)
-                nested = [[next(remaining) for _ in range(count)] for count in counts]
-            else:
-                raise ValueError(
-                    f"Image features and image tokens do not match: {len(images)} images for {len(texts)} texts, "
-                    f"whose `<img>` slots number {counts}. Give one image per text, or a list of images for each text."
-                )
+            remaining = iter(images)
+            nested = [[next(remaining) for _ in range(count)] for count in self._split_images(len(images), texts)]
         if len(nested) != len(texts):
             raise ValueError(
                 f"{len(nested)} lists of images for {len(texts)} texts: give one list, maybe empty, per text."
@@ -302,6 +304,20 @@ class LMEyeProcessor(ProcessorMixin):
             [self._as_image(image, index, place) for place, image in enumerate(entry) if image is not None]
             for index, entry in enumerate(nested)
         ]
+
+    def _split_images(self, num_images: int, texts: list[str]) -> list[int]:
+        """How many of a plain list of images belong to each text."""
+        if len(texts) == 1:
+            return [num_images]
+        counts = [self._count_images(text) for text in texts]
+        if num_images == len(texts) and all(count in (0, 1) for count in counts):
+            return [1] * num_images
+        if sum(counts) == num_images:
+            return counts
+        raise ValueError(
+            f"Image features and image tokens do not match: {num_images} images for {len(texts)} texts, whose `<img>` "
+            f"slots number {counts}. Give one image per text, or a list of images for each text."
+        )
 
     def _count_images(self, text: str) -> int:
         count = text.count(IMAGE_TOKEN)
@@ -447,6 +463,21 @@ _REQUEST = re.compile(rf"(?:{_SLOT.pattern})(?:\s*(?:{_SLOT.pattern}))*")
 _TEXT_KWARGS = ("videos", "audio", "return_token_type_ids", "return_mm_token_type_ids", "return_offsets_mapping")
 
 _IMAGE_REMEDY = "give a PIL image, an array or tensor [channels, height, width], a path or a URL."
+
+
+def _num_patches(vision_model_name_or_path: str, **hub_kwargs: Any) -> int:
+    """Patch tokens that a vision tower makes of a picture of its own size."""
+    sizes = (None, None)
+    if not is_open_clip(vision_model_name_or_path):
+        config = AutoConfig.from_pretrained(vision_model_name_or_path, **hub_kwargs)
+        config = getattr(config, "vision_config", config)
+        sizes = tuple(getattr(config, name, None) for name in ("image_size", "patch_size"))
+    if not all(isinstance(size, int) for size in sizes):
+        raise ValueError(
+            f'visual_mapping="patch" takes a slot for each patch, and the configuration of {vision_model_name_or_path} '
+            "does not say how many there are: give num_static_tokens=model.config.num_static_tokens."
+        )
+    return (sizes[0] // sizes[1]) ** 2
 
 
 def _describe(value: Any) -> str:
