@@ -22,38 +22,20 @@ Captions as conversations: `--instruction "Describe the picture." --answer_colum
 on with `--resume_from_checkpoint last`.
 """
 
-from dataclasses import dataclass, field
-
-from datasets import Dataset
 from transformers import HfArgumentParser
 
-from transformers_lmeye.data import ConversationDataset
 from transformers_lmeye.training import (
     ConversationCollator,
     ConversationDataArguments,
     LMEyeTrainer,
     ModelArguments,
     StageTrainingArguments,
+    StageTwoArguments,
     collect_requests,
     load_model,
     standardize_requests,
     train_and_save,
 )
-
-
-@dataclass
-class StageTwoArguments:
-    standardize_requests: int = field(
-        default=0,
-        metadata={
-            "help": "Start the request projection on mean and deviation of this many samples' requests (0: not at "
-            "all). A few hundred spare a new IPN the plateau at the start."
-        },
-    )
-    train_static_mapping: bool = field(
-        default=False,
-        metadata={"help": "Train the static mapping on the conversations in place of the rest of the IPN."},
-    )
 
 
 def main() -> None:
@@ -65,21 +47,9 @@ def main() -> None:
     if training_args.should_log:
         print(f"Stage 2 trains {num_trained:,} of {model.num_parameters():,} parameters.")
 
-    def conversations(rows: Dataset, evaluation: bool = False) -> ConversationDataset:
-        return ConversationDataset(
-            rows,
-            image_column=data_args.image_column,
-            messages_column=data_args.messages_column,
-            question_column=data_args.question_column,
-            answer_column=data_args.answer_column,
-            instruction=data_args.instruction,
-            image_folder=data_args.image_folder_of(evaluation),
-            lists=data_args.lists,
-        )
-
-    eval_rows = data_args.eval_rows()
-    train_dataset = conversations(data_args.train_rows())
-    collator = ConversationCollator(processor, data_args.max_length)
+    features = data_args.open_features(model, processor)
+    train_dataset = data_args.train_dataset(training_args.seed, features)
+    collator = ConversationCollator(processor, data_args.max_length, skip_bad_samples=True)
     if stage_args.standardize_requests and not training_args.resume_from_checkpoint:
         requests = collect_requests(model, collator, train_dataset, stage_args.standardize_requests)
         standardize_requests(model.ipn, requests)
@@ -88,7 +58,7 @@ def main() -> None:
         training_args,
         data_collator=collator,
         train_dataset=train_dataset,
-        eval_dataset=None if eval_rows is None else conversations(eval_rows, evaluation=True),
+        eval_dataset=data_args.eval_dataset(features),
         processing_class=processor,
     )
     train_and_save(trainer)

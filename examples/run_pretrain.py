@@ -26,10 +26,8 @@ The digits world, on any machine: the other two backbones, a small interaction, 
 `--resume_from_checkpoint last`. Next: run_instruct.py.
 """
 
-from datasets import Dataset
 from transformers import HfArgumentParser
 
-from transformers_lmeye.data import PairDataset
 from transformers_lmeye.training import (
     LMEyeTrainer,
     ModelArguments,
@@ -50,17 +48,13 @@ def main() -> None:
     if training_args.should_log:
         print(f"Stage 1 trains {num_trained:,} of {model.num_parameters():,} parameters.")
 
-    def pairs(rows: Dataset, evaluation: bool = False) -> PairDataset:
-        folder = data_args.image_folder_of(evaluation)
-        return PairDataset(rows, data_args.image_column, data_args.caption_column, folder, data_args.lists)
-
-    eval_rows = data_args.eval_rows()
+    features = data_args.open_features(model, processor, stage="pretrain")
     trainer = LMEyeTrainer(
         model,
         training_args,
-        data_collator=PairCollator(processor, data_args.max_length),
-        train_dataset=pairs(data_args.train_rows()),
-        eval_dataset=None if eval_rows is None else pairs(eval_rows, evaluation=True),
+        data_collator=PairCollator(processor, data_args.max_length, skip_bad_samples=True),
+        train_dataset=data_args.train_dataset(training_args.seed, features),
+        eval_dataset=data_args.eval_dataset(features),
         processing_class=processor,
     )
     train_and_save(trainer)

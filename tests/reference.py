@@ -140,12 +140,13 @@ def square(count: int) -> tuple[int, int]:
     return (side, side) if side * side == count else (1, count)
 
 
-def averaged(features: Tensor, grid: tuple[int, int], count: int) -> Tensor:
+def averaged(features: Tensor, grid: tuple[int, int], count: int, areas: tuple[int, int] | None = None) -> Tensor:
     """Features [rows x columns, d] averaged over areas of as equal a size as whole features allow -> [count, d].
 
-    Area i of n along a side of length s begins at floor(i s / n) and ends before ceil((i + 1) s / n).
+    Area i of n along a side of length s begins at floor(i s / n) and ends before ceil((i + 1) s / n). `areas` are
+    rows and columns of them; by default a square.
     """
-    areas = (1, count) if grid[0] == 1 else square(count)
+    areas = (1, count) if grid[0] == 1 else areas or square(count)
     spans = [
         [(i * side // parts, -((i + 1) * side // -parts)) for i in range(parts)]
         for side, parts in zip(grid, areas, strict=True)
@@ -240,13 +241,21 @@ class Reference:
         grid: tuple[int, int] | None = None,
         queries: Tensor | None = None,
     ) -> Tensor:
-        """Step 1: e_img = t_img + W_a h_I + b_a; so of each Q-Former output; or what learned queries read from the
-        patches. -> [n, d_L]"""
+        """Step 1: e_img = t_img + W_a h_I + b_a; so of each Q-Former output, of each patch or average of patches; or
+        what learned queries read from the patches. -> [n, d_L]"""
         t_img = self.p["image_token"]
         if self.config.visual_mapping == "linear":
             return t_img + self.linear(pooled, "visual_mapping").view_as(t_img)
         if self.config.visual_mapping == "qformer":
             return t_img + self.linear(queries, "visual_mapping")
+        if self.config.visual_mapping == "patch":
+            count = len(t_img)
+            if len(patches) != count:
+                # of all rows and columns that make so many, those whose sides differ least, no more rows than columns
+                pairs = [(n, count // n) for n in range(1, count + 1) if count % n == 0 and n <= count // n]
+                areas = min(pairs, key=lambda pair: pair[1] - pair[0])
+                patches = averaged(patches, grid or square(len(patches)), count, areas)
+            return t_img + self.linear(patches, "visual_mapping")
         context = self.placed(patches, "visual_mapping.patch_projection", grid)
         states, _ = self.stack(self.p["visual_mapping.stack.queries"], context, "visual_mapping.stack")
         return t_img + self.linear(states, "visual_mapping.output")

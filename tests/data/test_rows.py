@@ -1,6 +1,10 @@
-"""Rows in, samples out: the forms a data set may have, and what is said of rows that fit none."""
+"""Data sets opened: every source, map-style and streaming, gives the same samples."""
 
+import gzip
+import io
 import json
+import tarfile
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 
@@ -8,57 +12,45 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from shades import PAIRS, SHADES, conversations, flat, pairs, picture, png, read_both_ways, shade_of, write_lines
 
-from transformers_lmeye.data import ConversationDataset, PairDataset, load_rows
-
-
-PHOTOS = Path(__file__).parents[2] / "../shared/reference/photos"
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
-def _color(value: int) -> Image.Image:
-    return Image.new("RGB", (4, 4), (value, value, value))
+from transformers_lmeye.data import (
+    BadSample,
+    ConversationReader,
+    PairReader,
+    Reader,
+    SampleDataset,
+    SampleStream,
+    load_rows,
+)
 
 
-def _shade(image: Image.Image) -> int:
-    return image.getpixel((0, 0))[0]
+REFERENCE = Path(__file__).parents[2] / "../shared/reference"
+PHOTOS = REFERENCE / "photos"
+
+beside_the_repository = pytest.mark.skipif(
+    not PHOTOS.is_dir(), reason="the reference data lies beside the repository only where it is developed"
+)
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Three pictures of shade 10, 20, 30 in `images/`."""
-    (tmp_path / "images").mkdir()
-    for value in (10, 20, 30):
-        _color(value).save(tmp_path / "images" / f"{value}.png")
-    return tmp_path
+def _check_pairs(samples: Iterable[dict]) -> None:
+    assert [(shade_of(s["image"]), s["caption"]) for s in samples] == [(v, f"shade {v}") for v in SHADES]
 
 
-def _jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-PAIRS = [{"image": f"images/{v}.png", "caption": f"shade {v}"} for v in (10, 20, 30)]
-
-
-def _check_pairs(data: PairDataset) -> None:
-    samples = [data[i] for i in range(len(data))]
-    assert [(_shade(s["image"]), s["caption"]) for s in samples] == [(v, f"shade {v}") for v in (10, 20, 30)]
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "pattern", "disk", "disk_dict"])
+@pytest.mark.parametrize(
+    "kind",
+    ["jsonl", "json", "lines in json", "gz", "csv", "tsv", "parquet", "arrow", "pattern", "braces", "disk", "dict"],
+)
 def test_local_files_and_folders_of_pairs(folder, kind):
     rows = datasets.Dataset.from_list(PAIRS)
-    if kind == "jsonl":
-        path = _jsonl(folder / "a.jsonl", PAIRS)
+    if kind in ("jsonl", "lines in json"):
+        path = write_lines(folder / ("a.jsonl" if kind == "jsonl" else "a.json"), PAIRS)
     elif kind == "json":
         path = folder / "a.json"
-        path.write_text(json.dumps(PAIRS))
+        path.write_text(json.dumps(PAIRS, indent=2))
+    elif kind == "gz":
+        path = folder / "a.jsonl.gz"
+        path.write_bytes(gzip.compress(write_lines(folder / "a.jsonl", PAIRS).read_bytes()))
     elif kind in ("csv", "tsv"):
         path = folder / f"a.{kind}"
         rows.to_csv(path, sep="," if kind == "csv" else "\t", index=False)
@@ -69,303 +61,275 @@ def test_local_files_and_folders_of_pairs(folder, kind):
         path = folder / "a-*.parquet"
         rows.select([0]).to_parquet(folder / "a-0.parquet")
         rows.select([1, 2]).to_parquet(folder / "a-1.parquet")
-    elif kind == "disk":
+    elif kind == "braces":
+        path = folder / "a-{08..10}.jsonl"
+        for number, pair in zip((8, 9, 10), PAIRS, strict=True):
+            write_lines(folder / f"a-{number:02}.jsonl", [pair])
+    elif kind in ("disk", "arrow"):
         path = folder / "saved"
         rows.save_to_disk(path)
+        path = next(path.glob("*.arrow")) if kind == "arrow" else path
     else:
         path = folder / "saved"
         datasets.DatasetDict({"train": rows}).save_to_disk(path)
-    _check_pairs(PairDataset(load_rows(path), image_folder=folder))
+    _check_pairs(read_both_ways(path, PairReader(image_folder=folder)))
     assert len(load_rows(path, split="train[1:]")) == 2
+    assert load_rows(path, split="train[67%:]")["caption"] == ["shade 30"]
 
 
-def test_image_folder_with_metadata(folder):
-    _jsonl(
-        folder / "images" / "metadata.jsonl", [{"file_name": f"{v}.png", "text": f"shade {v}"} for v in (10, 20, 30)]
-    )
-    _check_pairs(PairDataset(load_rows(folder / "images"), caption_column="text"))
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_image_folder_with_metadata(folder, kind):
+    rows = [{"file_name": f"{v}.png", "text": f"shade {v}"} for v in SHADES]
+    if kind == "jsonl":
+        write_lines(folder / "images" / "metadata.jsonl", rows)
+    else:
+        datasets.Dataset.from_list(rows).to_csv(folder / "images" / "metadata.csv", index=False)
+    _check_pairs(read_both_ways(folder / "images", PairReader(caption_column="text")))
+    # The same, where the pictures of a split have a folder of their own; one of them is gone.
+    (folder / "images").rename(folder / "train")
+    _check_pairs(read_both_ways(folder, PairReader(caption_column="text")))
+    (folder / "train" / "20.png").unlink()
+    samples = read_both_ways(folder, PairReader(caption_column="text"), skip_bad_samples=True)
+    assert [sample.kind for sample in samples if isinstance(sample, BadSample)] == ["missing"]
+
+
+def test_image_folder_with_texts(folder):
+    for number, shade in enumerate(SHADES):
+        below = folder / "images" / f"{number}"
+        below.mkdir()
+        (folder / "images" / f"{shade}.png").rename(below / f"{shade}.png")
+        (below / f"{shade}.txt").write_text(f"shade {shade}\n")
+    _check_pairs(read_both_ways(folder / "images", PairReader()))
+    (below / "30.txt").unlink()
+    (folder / "images" / "1" / "20.txt").write_bytes(b"caf\xe9")
+    samples = read_both_ways(folder / "images", PairReader(), skip_bad_samples=True)
+    assert [getattr(sample, "kind", None) for sample in samples] == [None, "broken record", "no text"]
+
+
+def test_image_folder_of_classes(folder):
+    """Without metadata and texts a folder is read by the datasets library."""
+    for shade in SHADES:
+        (folder / "images" / f"{shade}").mkdir()
+        (folder / "images" / f"{shade}.png").rename(folder / "images" / f"{shade}" / "a.png")
+    rows = load_rows(folder / "images")
+    assert sorted(shade_of(s["image"]) for s in pairs(rows.add_column("caption", ["x"] * 3))) == list(SHADES)
 
 
 def test_pictures_inside_the_data_set(folder):
     """Image features are read as bytes and opened by us, whatever was stored."""
     rows = datasets.Dataset.from_dict(
-        {"image": [_color(v) for v in (10, 20, 30)], "caption": [f"shade {v}" for v in (10, 20, 30)]},
+        {"image": [picture(v) for v in SHADES], "caption": [f"shade {v}" for v in SHADES]},
         features=datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")}),
     )
     rows.to_parquet(folder / "a.parquet")
-    _check_pairs(PairDataset(load_rows(folder / "a.parquet")))
+    _check_pairs(read_both_ways(folder / "a.parquet", PairReader()))
 
 
-@pytest.mark.parametrize(("lists", "expected"), [("all", ["a", "b", "c", "d"]), ("first", ["a", "c", "d"])])
-def test_a_list_of_captions(folder, lists, expected):
-    captions = [["a", "b"], ["c"], ["d"]]
-    rows = [{"file": p["image"], "captions": c} for p, c in zip(PAIRS, captions, strict=True)]
-    path = _jsonl(folder / "a.jsonl", rows)
-    data = PairDataset(load_rows(path), "file", "captions", folder, lists=lists)
-    samples = [data[i] for i in range(len(data))]
-    assert [s["caption"] for s in samples] == expected
-    assert [_shade(s["image"]) for s in samples] == ([10, 10, 20, 30] if lists == "all" else [10, 20, 30])
-    assert samples[-1]["id"] == "row 2"
+def _tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
 
 
-def test_lists_beside_single_captions(folder):
-    """A column that holds strings in some rows and lists in others."""
-    captions = ["a", ["b", "c"], "d"]
-    path = _jsonl(folder / "a.jsonl", [{"image": "images/10.png", "caption": c} for c in captions])
-    data = PairDataset(load_rows(path), image_folder=folder)
-    assert [data[i]["caption"] for i in range(len(data))] == ["a", "b", "c", "d"]
+@pytest.mark.parametrize("caption", ["txt", "json", "both", "list"])
+def test_webdataset_shards(folder, caption):
+    """Captions in text files or JSON, pictures of several formats, keys with folders and dots, other members."""
+    for number, shade in enumerate(SHADES):
+        text = f"shade {shade}"
+        key = f"./part.0/{number:05}"
+        fields = {"caption": "not this one" if caption == "both" else [text] if caption == "list" else text}
+        members = [(f"{key}.cls", b"3")]
+        members += [(f"{key}.json", json.dumps(fields).encode())] if caption != "txt" else []
+        members += [(f"{key}.txt", f"{text}\n".encode())] if caption in ("txt", "both") else []
+        image = png(shade)
+        if number == 1:
+            buffer = BytesIO()
+            picture(shade).save(buffer, "WEBP", lossless=True)
+            image = buffer.getvalue()
+        members.append((f"{key}.{'webp' if number == 1 else 'png'}", image))
+        _tar(folder / f"{number:03}.tar", members)
+    for path in (folder / "{000..002}.tar", folder / "*.tar", folder):
+        samples = read_both_ways(path, PairReader())
+        _check_pairs(samples)
+        assert samples[1]["id"] == "row 1 (id part.0/00001)"
+    stream = SampleStream(load_rows(folder, streaming=True), PairReader(), num_passes=1)
+    assert next(iter(stream))["id"] == "000.tar, part.0/00000 (id part.0/00000)"
+    assert stream.rows.num_shards == 3
 
 
-def test_empty_lists_stay_to_be_refused_by_name(folder):
-    path = _jsonl(folder / "a.jsonl", [{"image": "images/10.png", "caption": c} for c in (["a"], [], ["b", "c"])])
-    data = PairDataset(load_rows(path), image_folder=folder)
-    assert [data[i]["caption"] for i in range(len(data))] == ["a", "", "b", "c"]
-    assert data[1]["id"] == "row 1"
+def test_webdataset_shards_of_conversations(folder):
+    """LLaVA's records as the JSON of a shard; one with two pictures, one with words alone."""
+    turns = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
+    two = [{"from": "human", "value": "<image> or <image>"}, {"from": "gpt", "value": "b"}]
+    words = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "c"}]
+    members = [
+        ("0.jpg", png(10)),
+        ("0.json", json.dumps({"id": "x", "conversations": turns, "image": "x.jpg"}).encode()),
+    ]
+    members += [("1.0.png", png(20)), ("1.1.png", png(30)), ("1.json", json.dumps({"conversations": two}).encode())]
+    members += [("2.json", json.dumps({"conversations": words}).encode())]
+    samples = read_both_ways(_tar(folder / "a.tar", members), ConversationReader())
+    assert [flat(sample) for sample in samples] == [
+        [("user", [10, "q"]), ("assistant", ["a"])],
+        [("user", [20, "or", 30]), ("assistant", ["b"])],
+        [("user", ["q"]), ("assistant", ["c"])],
+    ]
+    assert [sample["id"] for sample in samples] == ["row 0 (id x)", "row 1 (id 1)", "row 2 (id 2)"]
 
 
-def _flat(sample: dict) -> list[tuple[str, list]]:
-    return [
-        (m["role"], [p["text"] if p["type"] == "text" else _shade(p["image"]) for p in m["content"]])
-        for m in sample["messages"]
+def test_semart_as_published(folder):
+    """Its CSV is separated by tabs and written in Windows' Latin; both stages read its descriptions."""
+    columns = ["IMAGE_FILE", "DESCRIPTION", "AUTHOR", "TITLE", "TECHNIQUE", "DATE", "TYPE", "SCHOOL", "TIMEFRAME"]
+    rows = [
+        ["10.png", 'The "Calling", seen by Dürer, in 1508', "DÜRER, Albrecht", "A", "Oil", "1508", "r", "German", "x"],
+        ["20.png", '"A café\u2019s, ""quoted"" table"', "MANET, Édouard", "NA", "Oil", "", "g", "French", "y"],
+    ]
+    lines = "\r\n".join("\t".join(row) for row in [columns, *rows])
+    (folder / "semart_train.csv").write_bytes(lines.encode("cp1252"))
+    texts = [rows[0][1], 'A café\u2019s, "quoted" table']
+    reader = PairReader("IMAGE_FILE", "DESCRIPTION", image_folder=folder / "images")
+    samples = read_both_ways(folder / "semart_train.csv", reader)
+    assert [(shade_of(s["image"]), s["caption"]) for s in samples] == list(zip((10, 20), texts, strict=True))
+    talks = ConversationReader(
+        image_column="IMAGE_FILE",
+        answer_column="DESCRIPTION",
+        instruction="Describe the painting.",
+        image_folder=folder / "images",
+    )
+    assert [flat(s)[1] for s in read_both_ways(folder / "semart_train.csv", talks)] == [
+        ("assistant", [text]) for text in texts
+    ]
+    assert load_rows(folder / "semart_train.csv")[1]["TITLE"] == "NA"  # words, not a missing value
+
+
+def test_values_come_out_as_they_went_in(folder):
+    """Nothing is guessed from what texts look like; columns that differ from row to row keep every value."""
+    rows = [
+        {"image": "a", "caption": "4.0", "n": 1, "x": {"k": [1, "true"]}, "mixed": "null", "flag": True},
+        {"image": "b", "caption": "true", "n": 2, "x": None, "mixed": 5, "extra": [0.5]},
+        {"image": "c", "caption": "0012", "n": 3, "mixed": ["1"], "flag": False},
+    ]
+    data = load_rows(write_lines(folder / "a.jsonl", rows))
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    assert list(data) == [{column: row.get(column) for column in columns} for row in rows]
+    assert data.features["caption"] == datasets.Value("string")
+    (folder / "a.csv").write_text("image,caption\n0012,null\n1e5,NA\n")
+    assert list(load_rows(folder / "a.csv")) == [
+        {"image": "0012", "caption": "null"},
+        {"image": "1e5", "caption": "NA"},
     ]
 
 
-CONVERSATIONS = {
-    "messages with places": (
-        {
-            "image": "images/10.png",
-            "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image"}]},
-                {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
-                {"role": "user", "content": [{"type": "text", "text": "sure?"}]},
-                {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
-            ],
-        },
-        [("user", ["see", 10]), ("assistant", ["yes"]), ("user", ["sure?"]), ("assistant", ["no"])],
-    ),
-    "messages of plain strings": (
-        {
-            "image": "images/20.png",
-            "messages": [
-                {"role": "system", "content": "be kind"},
-                {"role": "user", "content": "what?"},
-                {"role": "assistant", "content": "that"},
-            ],
-        },
-        [("system", ["be kind"]), ("user", [20, "what?"]), ("assistant", ["that"])],
-    ),
-    "pictures in the messages": (
-        {
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "image": "images/10.png"},
-                        {"type": "image", "path": "images/30.png"},
-                        {"type": "text", "text": "same?"},
-                    ],
-                },
-                {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
-            ]
-        },
-        [("user", [10, 30, "same?"]), ("assistant", ["no"])],
-    ),
-    "several pictures of the row": (
-        {
-            "image": ["images/10.png", "images/20.png"],
-            "messages": [
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
-                {"role": "assistant", "content": "b"},
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "c"}]},
-                {"role": "assistant", "content": "d"},
-            ],
-        },
-        [("user", [10, "a"]), ("assistant", ["b"]), ("user", [20, "c"]), ("assistant", ["d"])],
-    ),
-    "no picture": (
-        {"messages": [{"role": "user", "content": "<image> is a tag"}, {"role": "assistant", "content": "it is"}]},
-        [("user", ["<image> is a tag"]), ("assistant", ["it is"])],
-    ),
-    "LLaVA": (
-        {
-            "id": "x",
-            "image": "images/30.png",
-            "conversations": [
-                {"from": "human", "value": "<image>\nWhat shade?"},
-                {"from": "gpt", "value": "Thirty."},
-                {"from": "human", "value": "And now?"},
-                {"from": "gpt", "value": "The same."},
-            ],
-        },
-        [
-            ("user", [30, "What shade?"]),
-            ("assistant", ["Thirty."]),
-            ("user", ["And now?"]),
-            ("assistant", ["The same."]),
-        ],
-    ),
-    "LLaVA, image last": (
-        {
-            "image": "images/30.png",
-            "conversations": [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "It."}],
-        },
-        [("user", ["What?", 30]), ("assistant", ["It."])],
-    ),
-    "LLaVA, words only": (
-        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]},
-        [("user", ["Hello"]), ("assistant", ["Hi"])],
-    ),
-    "question and answer": (
-        {"image": "images/10.png", "question": "Which?", "answer": "This."},
-        [("user", [10, "Which?"]), ("assistant", ["This."])],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize("suffix", ["json", "parquet"])
-def test_forms_of_conversations(folder, name, suffix):
-    row, expected = CONVERSATIONS[name]
-    path = folder / f"a.{suffix}"
-    if suffix == "json":
-        path.write_text(json.dumps([row, row]))
-    else:
-        _jsonl(folder / "a.jsonl", [row, row])
-        load_rows(folder / "a.jsonl").to_parquet(path)
-    data = ConversationDataset(load_rows(path), image_folder=folder)
-    assert len(data) == 2
-    assert _flat(data[1]) == expected
-    assert data[1]["id"] == ("row 1 (id x)" if name == "LLaVA" else "row 1")
-
-
-def test_forms_mixed_in_one_file(folder):
-    """Absent keys come out as None: contents of strings and parts, rows with and without picture, side by side."""
-    rows = [CONVERSATIONS[name] for name in CONVERSATIONS if "messages" in CONVERSATIONS[name][0]]
-    rows = [(r, e) for r, e in rows if not isinstance(r.get("image"), list)]
-    path = _jsonl(folder / "a.jsonl", [row for row, _ in rows])
-    data = ConversationDataset(load_rows(path), image_folder=folder)
-    assert [_flat(data[i]) for i in range(len(data))] == [expected for _, expected in rows]
-
-
-def test_pictures_of_trl_style_data_sets(folder):
-    """A column of lists of Image features and messages with places for them."""
-    features = datasets.Features(
-        {
-            "images": datasets.List(datasets.Image()),
-            "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
-        }
-    )
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows = datasets.Dataset.from_dict(
-        {"images": [[_color(10), _color(20)]], "messages": [messages]}, features=features
-    )
-    rows.save_to_disk(folder / "saved")
-    data = ConversationDataset(load_rows(folder / "saved"), image_column="images")
-    assert _flat(data[0]) == [("user", [10, 20, "q"]), ("assistant", ["a"])]
-
-
-def test_one_question_about_every_picture(folder):
-    path = _jsonl(folder / "a.jsonl", [{"image": "images/20.png", "captions": ["a", "b"]}])
-    data = ConversationDataset(
-        load_rows(path), answer_column="captions", instruction="Describe the picture.", image_folder=folder
-    )
-    assert [_flat(data[i]) for i in range(len(data))] == [
-        [("user", [20, "Describe the picture."]), ("assistant", [text])] for text in ("a", "b")
-    ]
-
-
-def test_reading_twice_gives_the_same(folder):
-    """Items are built anew: what a caller does with one leaves the data set alone."""
-    path = _jsonl(folder / "a.jsonl", [CONVERSATIONS["messages with places"][0]])
-    data = ConversationDataset(load_rows(path), image_folder=folder)
-    data[0]["messages"].clear()
-    assert _flat(data[0]) == CONVERSATIONS["messages with places"][1]
-
-
-BAD_ROWS = {
-    "places without picture": (
-        {
-            "messages": [
-                {"role": "user", "content": [{"type": "image"}]},
-                {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
-            ]
-        },
-        "Sample row 0 has 0 pictures in its column 'image' and 1 places",
-    ),
-    "picture twice": (
-        {"image": "images/10.png", "conversations": [{"from": "human", "value": "<image><image>"}]},
-        "Sample row 0 has 1 pictures in its column 'image' and 2 places",
-    ),
-    "unknown LLaVA role": (
-        {"conversations": [{"from": "dog", "value": "woof"}]},
-        "Sample row 0: a turn is from 'dog'",
-    ),
-    "unknown part": (
-        {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
-        "Sample row 0: a content part is of type 'video'",
-    ),
-    "picture without user": (
-        {"image": "images/10.png", "messages": [{"role": "assistant", "content": "a"}]},
-        "Sample row 0 has no user turn",
-    ),
-    "missing file": (
-        {"image": "images/99.png", "question": "q", "answer": "a"},
-        "Sample row 0: There is no file .*99.png",
-    ),
-    "no picture in the file": (
-        {"image": "bad.png", "question": "q", "answer": "a"},
-        "Sample row 0: .*bad.png cannot be read as a picture",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_bad_rows_are_named(folder, name):
-    row, message = BAD_ROWS[name]
-    (folder / "bad.png").write_bytes(b"words")
-    data = ConversationDataset(load_rows(_jsonl(folder / "a.jsonl", [row])), image_folder=folder)
-    with pytest.raises(ValueError, match=message):
-        data[0]
-
-
-def test_columns_that_do_not_fit(folder):
-    rows = load_rows(_jsonl(folder / "a.jsonl", [{"picture": "images/10.png", "words": "a"}]))
-    with pytest.raises(ValueError, match=r"no column 'image'; it has picture, words.*--image_column"):
-        PairDataset(rows)
-    with pytest.raises(ValueError, match=r"no column 'caption'.*--caption_column"):
-        PairDataset(rows, image_column="picture")
-    with pytest.raises(ValueError, match=r"columns are picture, words.*--instruction"):
-        ConversationDataset(rows)
-    with pytest.raises(ValueError, match=r"no column 'answer'.*--answer_column"):
-        ConversationDataset(rows, image_column="picture", instruction="What?")
-    with pytest.raises(ValueError, match=r'lists=.some.: choose "all" or "first"'):
-        PairDataset(rows, "picture", "words", lists="some")
+def test_a_file_that_changed_is_read_anew(folder):
+    path = write_lines(folder / "a.jsonl", PAIRS)
+    assert len(load_rows(path)) == 3
+    write_lines(path, PAIRS[:2])
+    assert len(load_rows(path)) == 2
 
 
 def test_missing_files_and_splits(folder):
     with pytest.raises(ValueError, match=r"There is no data file .*gone\.jsonl"):
         load_rows(folder / "gone.jsonl")
+    with pytest.raises(ValueError, match=r"There is no data file .*b-1\.tar"):
+        _tar(folder / "b-0.tar", [])
+        load_rows(folder / "b-{0..1}.tar")
+    with pytest.raises(ValueError, match="copy the files here first"):
+        load_rows("https://example.org/a.jsonl")
     datasets.DatasetDict({"val": datasets.Dataset.from_list(PAIRS)}).save_to_disk(folder / "saved")
     with pytest.raises(ValueError, match="has no split 'train': it holds val"):
         load_rows(folder / "saved")
+    path = write_lines(folder / "a.jsonl", PAIRS)
+    with pytest.raises(ValueError, match="no split 'val': files are one split named 'train'"):
+        load_rows(path, split="val")
+    with pytest.raises(ValueError, match="slices are read map-style"):
+        load_rows(path, split="train[:1]", streaming=True)
+    for streaming in (False, True):
+        (folder / "empty.jsonl").write_text("\n")
+        with pytest.raises(ValueError, match="The data set holds no record"):
+            _columns(folder / "empty.jsonl", streaming)
+        (folder / "object.json").write_text('{\n "a": 1\n}')
+        with pytest.raises(ValueError, match=r"No record can be read: .*object.json, line 1: it is no JSON"):
+            _columns(folder / "object.json", streaming)
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the reference photographs are not beside the repository")
+def _columns(path: Path, streaming: bool) -> None:
+    SampleStream(load_rows(path, streaming=streaming), PairReader())
+
+
+@beside_the_repository
+@pytest.mark.parametrize("streaming", [False, True])
+def test_llava_files_as_published(streaming):
+    """Captions with boxes are pairs, questions with answers are conversations; their pictures are not here."""
+
+    def read(file: str, reader: Reader) -> tuple[list[dict], list[dict]]:
+        path = REFERENCE / "llava" / file
+        rows = load_rows(path, streaming=streaming)
+        data = SampleStream(rows, reader, num_passes=1) if streaming else SampleDataset(rows, reader)
+        return list(data), [json.loads(line) for line in path.read_text().splitlines()]
+
+    samples, lines = read(
+        "caps_boxes_coco2014_val_80.jsonl", PairReader(caption_column="captions", open_image=lambda value: value)
+    )
+    assert [(sample["image"], sample["caption"]) for sample in samples] == [
+        (line["image"], text) for line in lines for text in line["captions"]
+    ]
+    reader = ConversationReader(question_column="instruction", answer_column="output", open_image=lambda value: value)
+    samples, lines = read("coco2014_val_gpt4_qa_30x3.jsonl", reader)
+    assert [[m["content"][-1]["text"] for m in sample["messages"]] for sample in samples] == [
+        [line["instruction"], line["output"]] for line in lines
+    ]
+    assert [s["messages"][0]["content"][0]["image"] for s in samples] == [line["image"] for line in lines]
+
+
+@beside_the_repository
 def test_the_photographs():
     """150 real photographs, five captions each: 750 pairs, and as many conversations, through the ordinary path."""
     rows = load_rows(PHOTOS / "photos.jsonl")
     lines = [json.loads(line) for line in (PHOTOS / "photos.jsonl").read_text().splitlines()]
     captions = [(line["file"], caption) for line in lines for caption in line["captions"]]
-    pairs = PairDataset(rows, "file", "captions", PHOTOS)
+    data = pairs(rows, "file", "captions", image_folder=PHOTOS)
     assert len(rows) == len(lines) == 150
-    assert len(pairs) == len(captions) >= 750
-    for index in range(0, len(pairs), 41):
+    assert len(data) == len(captions) >= 750
+    for index in range(0, len(data), 41):
         file, caption = captions[index]
         with Image.open(BytesIO((PHOTOS / file).read_bytes())) as image:
-            np.testing.assert_array_equal(np.asarray(pairs[index]["image"]), np.asarray(image.convert("RGB")))
-        assert pairs[index]["caption"] == caption
-    conversations = ConversationDataset(
-        rows, "file", answer_column="captions", instruction="Describe the picture.", image_folder=PHOTOS
+            np.testing.assert_array_equal(np.asarray(data[index]["image"]), np.asarray(image.convert("RGB")))
+        assert data[index]["caption"] == caption
+    talks = conversations(
+        rows,
+        image_column="file",
+        answer_column="captions",
+        instruction="Describe the picture.",
+        image_folder=PHOTOS,
     )
-    assert len(conversations) == len(pairs)
-    assert conversations[7]["messages"][1]["content"] == [{"type": "text", "text": captions[7][1]}]
+    assert len(talks) == len(data)
+    assert talks[7]["messages"][1]["content"] == [{"type": "text", "text": captions[7][1]}]
+
+
+@beside_the_repository
+def test_the_photographs_as_shards(tmp_path):
+    """Three shards give the pairs that the list of files gives, in both modes, byte for byte."""
+    lines = [json.loads(line) for line in (PHOTOS / "photos.jsonl").read_text().splitlines()]
+    for shard in range(3):
+        members = []
+        for number in range(shard * 50, shard * 50 + 50):
+            fields = {"captions": lines[number]["captions"]}
+            members.append((f"{number:05}.jpg", (PHOTOS / lines[number]["file"]).read_bytes()))
+            members.append((f"{number:05}.json", json.dumps(fields).encode()))
+        _tar(tmp_path / f"{shard}.tar", members)
+    expected = [(line["file"], caption) for line in lines for caption in line["captions"]]
+
+    def same(value: dict) -> bytes:
+        return value["bytes"]
+
+    shards = str(tmp_path / "{0..2}.tar")
+    data = pairs(load_rows(shards), caption_column="captions", open_image=same)
+    stream = SampleStream(
+        load_rows(shards, streaming=True), PairReader(caption_column="captions", open_image=same), num_passes=1
+    )
+    for samples in (data, stream):
+        read = [(sample["image"], sample["caption"]) for sample in samples]
+        assert read == [((PHOTOS / file).read_bytes(), caption) for file, caption in expected]

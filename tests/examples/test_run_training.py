@@ -172,9 +172,11 @@ def test_what_the_scripts_refuse(run, backbones, data, tmp_path):
     with pytest.raises(ValueError, match=r"Sample row \d+: There is no file .*image folder"):
         run(*pretrain, *captions, "--image_folder", tmp_path)
     (data / "empty.jsonl").write_text(json.dumps({"image": "images/0.png", "caption": " "}))
-    with pytest.raises(ValueError, match="Sample row 0 has no target token: its caption is empty"):
+    with pytest.raises(
+        ValueError, match=r"1 of \d+ samples could not be used.*Sample row 0 has no target token: its caption is empty"
+    ):
         run(*pretrain, "--dataset_name_or_path", data / "empty.jsonl")
-    with pytest.raises(ValueError, match=r"Sample row \d+: it is \d+ tokens long, .* would cut a slot"):
+    with pytest.raises(ValueError, match=r"it is \d+ tokens long, .* would cut a slot"):
         run(
             "run_instruct.py",
             *backbones,

@@ -94,6 +94,18 @@ CASES = {
         {"interaction": "cross_attention", "text_config": ENCODER_DECODER, "visual_mapping": "qformer"},
         (32, True, "patch", None, "last", 5),
     ),
+    "static patches": (
+        {"interaction": "cross_attention", "visual_mapping": "patch", "vision_config": VISION},
+        (16, False, "patch", None, "last", 5),
+    ),
+    "fewer static patches": (
+        {"visual_mapping": "patch", "num_static_tokens": 6, "vision_config": VISION},
+        (6, False, "global", 5, "eos", 1),
+    ),
+    "static patches of a tower that does not say how many": (
+        {"visual_mapping": "patch", "num_static_tokens": 9, "vision_config": {"model_type": "siglip2_vision_model"}},
+        (9, False, "global", 5, "eos", 1),
+    ),
     "resampler": ({"interaction": "none", "visual_mapping": "resampler", "num_static_tokens": 6}, None),
 }
 
@@ -126,6 +138,14 @@ WRONG = {
     "static tokens that are not the queries": (
         {"visual_mapping": "qformer", "num_static_tokens": 5},
         "32 outputs of the Q-Former.*leave num_static_tokens=5 out",
+    ),
+    "more static patches than there are": (
+        {"visual_mapping": "patch", "num_static_tokens": 17, "vision_config": VISION},
+        "num_static_tokens=17 is more than the 16 patches.*leave it out",
+    ),
+    "static patches of an unknown number": (
+        {"visual_mapping": "patch", "vision_config": {"model_type": "siglip2_vision_model"}},
+        '"siglip2_vision_model" does not say how many.*give num_static_tokens',
     ),
     "an encoder-decoder that drops the request": (
         {"text_config": ENCODER_DECODER, "keep_request_token": False},

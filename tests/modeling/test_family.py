@@ -109,6 +109,13 @@ VARIANTS = {
         "clip",
         {"keep_request_token": True, "num_request_rounds": 2, "num_dynamic_tokens": 3},
     ),
+    "cross_attention-static-patches": (
+        "gpt2",
+        "cross_attention",
+        "clip",
+        {"visual_mapping": "patch", "num_static_tokens": 6, "num_dynamic_tokens": 2},
+    ),
+    "none-patches": ("llama", "none", "clip", {"visual_mapping": "patch"}),
     "none-qformer": ("cohere", "none", "blip2", {"visual_mapping": "qformer"}),
 }
 ASKING = [name for name in VARIANTS if not name.startswith("none")]
@@ -466,8 +473,9 @@ def features_of_shapes(seed=5):
         ("clip_text", {"fine_grained_source": "patch", "num_fine_grained_tokens": 4}),
         ("clip_text", {"fine_grained_source": "patch", "num_fine_grained_tokens": 1, "dynamic_readout": "last"}),
         ("none", {"visual_mapping": "resampler", "num_static_tokens": 3}),
+        ("none", {"visual_mapping": "patch", "num_static_tokens": 6}),
     ],
-    ids=["cross_attention", "kept-rounds", "clip_text", "pooled", "pooled-to-one", "resampler"],
+    ids=["cross_attention", "kept-rounds", "clip_text", "pooled", "pooled-to-one", "resampler", "patches"],
 )
 def test_pictures_of_different_proportions(build, reference, interaction, fields):
     """Positions and averages follow each picture's own rows and columns, and padding is never seen."""

@@ -78,6 +78,19 @@ def test_averages_over_areas_that_do_not_divide_the_grid():
     assert pool_features(features, 9).flatten().tolist() == expected
 
 
+def test_averages_over_given_rows_and_columns():
+    features = torch.arange(16.0).view(1, 16, 1)
+    # 0 1 | 2 3        the means of the four quarters, of halves, and of four columns over two rows
+    # 4 5 | 6 7
+    # ----+----
+    # 8 9 | 10 11
+    assert pool_features(features, (2, 2)).tolist() == pool_features(features, 4).tolist()
+    assert pool_features(features, (1, 2)).flatten().tolist() == [6.5, 8.5]
+    assert pool_features(features, (2, 1)).flatten().tolist() == [3.5, 11.5]
+    assert pool_features(features, (2, 4)).flatten().tolist() == [2, 3, 4, 5, 10, 11, 12, 13]
+    assert pool_features(features[:, :6], (2, 3)).flatten().tolist() == [0, 1, 2, 3, 4, 5]  # one row stays one
+
+
 def test_averages_over_a_sequence():
     features = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])[..., None]
     assert pool_features(features, 3).flatten().tolist() == [1.5, 3.5, 5.5]

@@ -442,6 +442,17 @@ def test_static_token_of_siglip(attach, folders):
         assert (model.ipn.static_tokens(model.get_image_features(pixels))[:, 0] - expected).abs().max() < 1e-5
 
 
+def test_static_patches_that_are_not_there(attach):
+    """A tower may merge patches without a word in its configuration."""
+    model = attach("dinov2", interaction="none", visual_mapping="patch")
+    features = model.get_image_features(tiny.pixels(2))
+    count = model.config.num_static_tokens
+    assert features.patches.shape[1] == count
+    features.patches = features.patches[:, 1:]
+    with pytest.raises(ValueError, match=f"num_static_tokens={count} is more than the {count - 1} patches"):
+        model.ipn.static_tokens(features)
+
+
 @pytest.mark.parametrize("variant", ["siglip2 patches", "siglip2 resampler", "siglip2 static patches"])
 def test_padded_patches_are_not_seen(attach, folders, variant):
     """What stands behind a picture's own patches changes nothing; what stands among them does."""

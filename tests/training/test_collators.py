@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from transformers_lmeye import LMEyeProcessor
+from transformers_lmeye.data import BadSample
+from transformers_lmeye.modeling.towers import ImageFeatures
 from transformers_lmeye.training import ConversationCollator, PairCollator
 
 
@@ -133,13 +135,15 @@ def test_a_cut_caption_has_no_end(processor):
     sample = {"id": "row 4", "image": tiny.picture(), "caption": "a cat on a house"}
     assert _prompts_and_targets(p, PairCollator(p, max_length=4)([sample])) == ["<img>", "a cat"]
     assert _prompts_and_targets(p, PairCollator(p, max_length=11)([sample])) == ["<img>", "a cat on a house</s>"]
-    with pytest.raises(ValueError, match=r"Sample row 4 has no target token: max_length=1 leaves no room.*Raise"):
+    with pytest.raises(ValueError, match=r"Sample row 4: it has no target token: max_length=1 leaves no room.*Raise"):
         PairCollator(p, max_length=1)([sample])
 
 
 @pytest.mark.parametrize("caption", ["", " \n"])
 def test_an_empty_caption_is_named(processor, caption):
-    with pytest.raises(ValueError, match=r"Sample row 7 has no target token: its caption is empty. Leave the row out"):
+    with pytest.raises(
+        ValueError, match=r"Sample row 7: it has no target token: its caption is empty. Leave the row out"
+    ):
         PairCollator(processor())([{"id": "row 7", "image": tiny.picture(), "caption": caption}])
 
 
@@ -640,7 +644,9 @@ def test_cutting_for_an_encoder_decoder(encoder_decoder):
     batch = PairCollator(p, max_length=3)([{"id": "a", "image": tiny.picture(), "caption": "a cat on a house"}])
     assert _encoder_and_decoder(p, batch, 0) == ("<img></s>", "acaton")
     # Two words and a slot, two and three slots, two, the answer's two; four and three slots, two; the end.
-    with pytest.raises(ValueError, match="its turn 3 is 22 tokens long before its answer, longer than max_length=21"):
+    with pytest.raises(
+        ValueError, match="turn 3 of it is 22 tokens long before its answer, longer than max_length=21"
+    ):
         ConversationCollator(p, max_length=21)([{"id": "row 3", "messages": THREE[:4]}])
     assert len(ConversationCollator(p, max_length=22)([{"id": "row 3", "messages": THREE[:4]}])["labels"]) == 2
 
@@ -660,5 +666,99 @@ def test_cutting_for_an_encoder_decoder(encoder_decoder):
 def test_bad_conversations_for_an_encoder_decoder(encoder_decoder, messages, message):
     with pytest.raises(ValueError, match=message):
         ConversationCollator(encoder_decoder("t5"))([{"id": "x", "messages": messages}])
-    with pytest.raises(ValueError, match="Sample x has no target token: there is nothing to say"):
+    with pytest.raises(ValueError, match="Sample x: it has no target token: there is nothing to say"):
         PairCollator(encoder_decoder("t5"))([{"id": "x", "image": tiny.picture(), "caption": " "}])
+
+
+# --- samples that cannot be used, samples without pictures, features in place of pictures ----------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_bad_samples_leave_the_batch_and_are_named(processor, encoder_decoder, kind):
+    """What is left is the batch of the good samples alone."""
+    p = processor() if kind == "llama" else encoder_decoder(kind)
+    unread = BadSample("row 1", "truncated", "it ends too early")
+    silent = {"id": "row 2", "messages": ONE[:1]}
+    good = {"id": "row 3", "messages": ONE}
+    with pytest.raises(ValueError, match="Sample row 2: it has no target token"):
+        ConversationCollator(p)([unread, silent, good])
+    batch = ConversationCollator(p, skip_bad_samples=True)([unread, silent, good])
+    bad = batch.pop("bad_samples")
+    assert [(sample.id, sample.kind) for sample in bad] == [("row 1", "truncated"), ("row 2", "no target")]
+    assert bad[0] is unread
+    assert "Leave the row out" in bad[1].reason
+    alone = ConversationCollator(p)([good])
+    assert batch.keys() == alone.keys()
+    assert all(torch.equal(batch[name], alone[name]) for name in alone)
+
+
+def test_kinds_of_what_cannot_be_encoded(processor):
+    collator = PairCollator(processor(), max_length=1, skip_bad_samples=True)
+    samples = [
+        {"id": "a", "image": tiny.picture(), "caption": "cat"},
+        {"id": "b", "image": tiny.picture(), "caption": " "},
+    ]
+    assert [sample.kind for sample in collator(samples)["bad_samples"]] == ["too long", "no target"]
+    hiding = ConversationCollator(processor(HIDING_TEMPLATE), skip_bad_samples=True)
+    assert [s.kind for s in hiding([{"id": "a", "messages": ONE}])["bad_samples"]] == ["template"]
+
+
+def test_a_batch_of_nothing_has_no_target(processor):
+    p = processor()
+    for collator in (PairCollator(p), ConversationCollator(p)):
+        batch = collator([BadSample("a", "missing", "no file")] * 3)
+        assert len(batch.pop("bad_samples")) == 3
+        assert batch["input_ids"].tolist() == [[p.tokenizer.pad_token_id]]
+        assert batch["labels"].tolist() == [[IGNORED]]
+        assert batch["attention_mask"].tolist() == [[1]]
+        assert set(batch) == {"input_ids", "labels", "attention_mask"}
+
+
+def test_a_pair_without_a_picture_is_its_caption(processor):
+    """Begun as the tokenizer begins a text; `<img>` in it is words."""
+    p = processor()
+    samples = [
+        {"id": "a", "image": None, "caption": "a cat <img>"},
+        {"id": "b", "image": tiny.picture(), "caption": "dog"},
+    ]
+    batch = PairCollator(p)(samples)
+    before = [p.tokenizer.bos_token_id] if p.words_tokenizer("cat")["input_ids"][0] == p.tokenizer.bos_token_id else []
+    words = p.words_tokenizer("a cat <img>", add_special_tokens=False)["input_ids"]
+    expected = [*before, *words, p.tokenizer.eos_token_id]
+    length = int(batch["attention_mask"][0].sum())
+    assert batch["input_ids"][0, :length].tolist() == expected
+    assert batch["labels"][0, :length].tolist() == [IGNORED] * len(before) + expected[len(before) :]
+    assert p.image_token_id not in expected
+    assert len(batch["pixel_values"]) == 1
+
+
+def test_an_encoder_decoder_reads_no_pair_without_a_picture(encoder_decoder):
+    with pytest.raises(ValueError, match="Sample a: it has no picture"):
+        PairCollator(encoder_decoder("t5"))([{"id": "a", "image": None, "caption": "cat"}])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_features_in_place_of_pictures(processor, encoder_decoder, stage, kind):
+    """The batch of pictures, with the features in the pictures' order in place of pixels."""
+    p = processor() if kind == "llama" else encoder_decoder(kind)
+    features = ImageFeatures(torch.randn(3, 24), torch.randn(3, 16, 32))
+
+    def samples(images: list[Any]) -> list[dict[str, Any]]:
+        if stage == 1:
+            return [{"id": str(i), "image": image, "caption": "a cat" + " dog" * i} for i, image in enumerate(images)]
+        both = [{"type": "image", "image": image} for image in images[:2]]
+        first = _conversation([*both, _words("what?")], "cat")
+        return [
+            {"id": "a", "messages": first},
+            {"id": "b", "messages": _conversation([{"type": "image", "image": images[2]}, _words("why?")], "dog")},
+        ]
+
+    collator = (PairCollator if stage == 1 else ConversationCollator)(p)
+    expected = collator(samples([tiny.picture(seed) for seed in range(3)]))
+    got = collator(samples([features[i : i + 1] for i in range(3)]))
+    joined = got.pop("image_features")
+    assert torch.equal(joined.pooled, features.pooled)
+    assert torch.equal(joined.patches, features.patches)
+    assert got.keys() == expected.keys() - {"pixel_values"}
+    assert all(torch.equal(got[name], expected[name]) for name in got)

@@ -1,67 +1,237 @@
-"""Rows of a `datasets` data set as samples of the two stages.
+"""Data sets opened as rows: of the hub, and of local files in the forms they are published in.
 
-A sample of stage 1 is `{"id", "image", "caption"}`; one of stage 2 is `{"id", "messages"}`, chat messages whose
-content is a list of parts, `{"type": "image", "image": PIL}` and `{"type": "text", "text": str}`. Pictures are opened
-when a sample is asked for, in the data loader's workers.
+Parquet and Arrow files and hub data sets are read by `datasets`. Files of text and archives are read record by record
+(`records.py`), so that one broken record is one bad row, not the end of the run, and memory does not grow with the
+file; the same rows come out map-style and streaming.
 """
 
+import json
+import os
+import re
+from collections.abc import Iterator
+from glob import glob
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
-import numpy as np
-from torch.utils.data import Dataset
 
-from .images import open_image
+from .records import BROKEN_RECORD, ROW_SOURCE, files_of_folder, read_records, suffix_of
 
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-_LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_LLAVA_IMAGE = "<image>"
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+_RECORDS = (".json", ".jsonl", ".csv", ".tsv", ".tar")
+_RECORDS_FORMAT = 1  # raise it when the records of the same file come out differently: what was prepared is made anew
 
 
-def load_rows(name_or_path: str | Path, config_name: str | None = None, split: str = "train") -> datasets.Dataset:
+def load_rows(
+    name_or_path: str | Path, config_name: str | None = None, split: str = "train", streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
     """Opens a data set, pictures not yet decoded.
 
     Args:
-        name_or_path: a JSON, JSON lines, CSV, Parquet or Arrow file (or a pattern such as `"shards/*.parquet"`), a
-            folder written by `save_to_disk`, a folder of pictures (`imagefolder`, with its `metadata.jsonl` or
-            `.csv`), or a data set of the hub.
-        config_name: configuration of a data set that has several.
-        split: which split, slices included: `"train[:1000]"`, `"train[90%:]"`. A file is one split named `"train"`.
+        name_or_path: one of
+            - a file of JSON (a list of records), JSON lines, CSV, TSV (either may be gzipped), Parquet or Arrow; or a
+              WebDataset shard (`.tar`);
+            - a pattern of such files: `"shards/*.parquet"`, `"shards/{000..009}.tar"`;
+            - a folder of pictures, with `metadata.jsonl`, `.csv` or `.parquet` (its `file_name` names the picture) or
+              with a text file beside each picture; its sub-folder named as the split, if there is one;
+            - a folder written by `save_to_disk`;
+            - a data set of the hub.
+        config_name: configuration of a data set of the hub that has several.
+        split: which split, slices included: `"train[:1000]"`, `"train[90%:]"`. Files are one split named `"train"`.
+        streaming: rows are read one after another, nothing is prepared, and slices are not to be had.
+
+    Returns:
+        `datasets.Dataset`, or `datasets.IterableDataset` where streaming. Pictures inside it are
+        `{"bytes", "path"}`. A record that could not be parsed is a row whose column `"broken_record"` says why.
+        Archives and folders of pictures give the columns `id` (not folders), `image`, `caption` and what their records
+        or metadata hold beside.
 
     Raises:
-        ValueError: the split is not there, or the path looks like a local file and is not.
+        ValueError: the split is not there, a local file is not there, no record can be read, or a slice of a stream.
     """
     path = Path(name_or_path)
-    builder = _BUILDERS.get(path.suffix.lower())
-    if builder is not None:
-        if not any(character in path.name for character in "*?[") and not path.is_file():
-            raise ValueError(f"There is no data file {path}.")
-        options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-        rows = datasets.load_dataset(builder, data_files=str(path), split=split, **options)
-    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        rows = _from_disk(path, split)
+    name, bracket, part = split.partition("[")
+    if streaming and bracket and not _is_saved(path):
+        raise ValueError(
+            f"split={split!r}: slices are read map-style. Stream a whole split, and keep what is held back in files "
+            "or shards of its own."
+        )
+    suffix = suffix_of(path.name)
+    if suffix in _RECORDS:
+        rows = _of_records(_files(str(name_or_path)), split, streaming)
+    elif suffix in _BUILDERS:
+        files = _files(str(name_or_path))
+        rows = datasets.load_dataset(_BUILDERS[suffix], data_files=files, split=split, streaming=streaming)
+    elif _is_saved(path):
+        rows = _from_disk(path, split, streaming)
+    elif path.is_dir() and (files := files_of_folder(path, name)) is not None:
+        rows = _of_records(files, f"train{bracket}{part}", streaming)
     else:
-        rows = datasets.load_dataset(str(name_or_path), config_name, split=split)
-    for column, feature in rows.features.items():
+        rows = datasets.load_dataset(str(name_or_path), config_name, split=split, streaming=streaming)
+    for column, feature in (rows.features or {}).items():
         undecoded = _undecoded(feature)
         if undecoded != feature:
             rows = rows.cast_column(column, undecoded)
     return rows
 
 
-def _from_disk(path: Path, split: str) -> datasets.Dataset:
+def column_names_of(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
+    """The columns of rows; where a stream does not know them, those of its first hundred rows.
+
+    Raises:
+        ValueError: there is no row, or none of these can be read.
+    """
+    if rows.column_names is not None:
+        return list(rows.column_names)
+    first = list(islice(rows, 100))
+    found = dict.fromkeys(column for row in first for column in row if column != ROW_SOURCE)
+    if not set(found) - {BROKEN_RECORD}:
+        raise _nothing_read(first[0][BROKEN_RECORD] if first else None)
+    return list(found)
+
+
+def _files(name: str) -> list[str]:
+    """The files a name, a pattern or a range in braces stands for."""
+    if "://" in name:
+        if suffix_of(name) in _BUILDERS:
+            return [name]
+        raise ValueError(f"{name} is an address: copy the files here first, or keep the data as Parquet.")
+    files = []
+    for pattern in _expand_braces(name):
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob(pattern, recursive=True))
+        if not found:
+            raise ValueError(f"There is no data file {pattern}.")
+        files += found
+    return [os.path.abspath(file) for file in dict.fromkeys(files)]
+
+
+def _expand_braces(name: str) -> list[str]:
+    """`a-{000..002}.tar` as three names, `{train,val}.csv` as two."""
+    match = re.search(r"\{([^{}]*)\}", name)
+    if match is None or os.path.exists(name):
+        return [name]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if span:
+        values = [str(n).zfill(len(span[1])) for n in range(int(span[1]), int(span[2]) + 1)]
+    else:
+        values = match[1].split(",")
+    return [tail for value in values for tail in _expand_braces(name[: match.start()] + value + name[match.end() :])]
+
+
+def _of_records(files: list[str], split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    name, bracket, part = split.partition("[")
+    if name != "train":
+        raise ValueError(f"{files[0]} has no split {name!r}: files are one split named 'train'.")
+    if streaming:
+        return datasets.IterableDataset.from_generator(read_records, gen_kwargs={"files": files})
+    versions = [_version(file) for file in files]
+    features = _features(files)
+    kinds = {column: type(feature).__name__ for column, feature in features.items()}
+    rows = datasets.Dataset.from_generator(
+        _encoded_records,
+        features=features,
+        gen_kwargs={"files": files, "versions": versions, "kinds": kinds, "format": _RECORDS_FORMAT},
+        writer_batch_size=100 if any(kind in ("Image", "List") for kind in kinds.values()) else 1000,
+    )
+    return _slice(rows, part) if bracket else rows
+
+
+def _version(path: str) -> list[tuple[str, int, int]] | tuple[int, int]:
+    """What changes when a file does: what was prepared of it is then prepared anew."""
+    if not os.path.isdir(path):
+        status = os.stat(path)
+        return status.st_mtime_ns, status.st_size
+    times = [(os.stat(folder).st_mtime_ns, len(names)) for folder, _, names in os.walk(path)]
+    return max(time for time, _ in times), sum(number for _, number in times)
+
+
+def _features(files: list[str]) -> datasets.Features:
+    """The types of columns, from all records: one that is not the same throughout is JSON."""
+    kinds: dict[str, set[str]] = {}
+    broken = None
+    for record in read_records(files):
+        broken = broken or record.get(BROKEN_RECORD)
+        for column, value in record.items():
+            if column != ROW_SOURCE:
+                kinds.setdefault(column, set()).add(_kind(value))
+    if not set(kinds) - {BROKEN_RECORD}:
+        raise _nothing_read(broken)
+    return datasets.Features({column: _feature(found - {"nothing"}) for column, found in kinds.items()})
+
+
+def _nothing_read(broken: str | None) -> ValueError:
+    if broken is None:
+        return ValueError("The data set holds no record.")
+    return ValueError(
+        f"No record can be read: {broken}. JSON is a list of objects or an object per line; CSV has a head."
+    )
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+        return "picture"
+    if isinstance(value, list):
+        kinds = {_kind(item) for item in value}
+        if not kinds:
+            return "empty"
+        return {"text": "texts", "picture": "pictures"}.get(kinds.pop(), "other") if len(kinds) == 1 else "other"
+    if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
+        return "int"
+    return {str: "text", bool: "bool", float: "float"}.get(type(value), "other")
+
+
+def _feature(kinds: set[str]) -> Any:
+    if not kinds or kinds == {"text"}:
+        return datasets.Value("string")
+    if kinds <= {"text", "texts", "empty"}:
+        return datasets.List(datasets.Value("string"))
+    if "picture" in kinds and kinds <= {"picture", "text"}:
+        return datasets.Image(decode=False)
+    if kinds & {"picture", "pictures"} and kinds <= {"picture", "pictures", "text", "empty"}:
+        return datasets.List(datasets.Image(decode=False))
+    numbers = {"int": "int64", "float": "float64", "bool": "bool"}
+    if len(kinds) == 1 and kinds <= set(numbers):
+        return datasets.Value(numbers[next(iter(kinds))])
+    return datasets.Json()
+
+
+def _encoded_records(files: list[str], versions: Any, kinds: dict[str, str], format: int) -> Iterator[dict[str, Any]]:
+    """Records with every column. `versions` and `format` are there to be part of what names the prepared file."""
+    for record in read_records(files):
+        row = {column: record.get(column) for column in kinds}
+        for column, kind in kinds.items():
+            value = row[column]
+            if kind == "List" and value is not None and not isinstance(value, list):
+                row[column] = [value]
+            elif kind == "Json" and value is not None:
+                # Written out here: the feature takes a string for JSON where it can be read as some, such as "4.0".
+                row[column] = json.dumps(value)
+        yield row
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _from_disk(path: Path, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     rows = datasets.load_from_disk(str(path))
     name, bracket, part = split.partition("[")
     if isinstance(rows, datasets.DatasetDict):
         if name not in rows:
             raise ValueError(f"{path} has no split {name!r}: it holds {', '.join(rows)}.")
         rows = rows[name]
-    if bracket:
-        read = datasets.ReadInstruction.from_spec(f"all[{part}").to_absolute({"all": len(rows)})
-        rows = rows.select(range(read[0].from_, read[0].to))
-    return rows
+    rows = _slice(rows, part) if bracket else rows
+    return rows.to_iterable_dataset(num_shards=max(1, min(256, len(rows) // 100))) if streaming else rows
+
+
+def _slice(rows: datasets.Dataset, part: str) -> datasets.Dataset:
+    """`part` is a slice without its opening bracket, such as `90%:]`."""
+    read = datasets.ReadInstruction.from_spec(f"all[{part}").to_absolute({"all": len(rows)})
+    return rows.select(range(read[0].from_, read[0].to))
 
 
 def _undecoded(feature: Any) -> Any:
@@ -77,223 +247,4 @@ def _undecoded(feature: Any) -> Any:
     return feature
 
 
-class _RowDataset(Dataset):
-    """Rows of which those that hold a list of texts stand for as many samples as the list is long.
-
-    With `lists="all"` each text of a list is a sample of its own, as COCO's five captions of a picture are five pairs;
-    with `lists="first"` only the first counts.
-    """
-
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        text_column: str | None,
-        image_folder: str | Path | None,
-        lists: Literal["all", "first"],
-    ):
-        if lists not in ("all", "first"):
-            raise ValueError(f'lists={lists!r}: choose "all" or "first".')
-        self.rows = rows
-        self.image_folder = image_folder
-        self.text_column = text_column
-        self._samples: np.ndarray | None = None  # [num_samples, 2]: row, place in its list
-        if text_column is None or lists == "first" or isinstance(rows.features[text_column], datasets.Value):
-            return
-        texts = rows.select_columns([text_column])[text_column]
-        # An empty list stays a sample, which is refused by name when it is read, rather than vanish.
-        counts = np.array([max(len(text), 1) if isinstance(text, list) else 1 for text in texts], dtype=np.int64)
-        starts = np.repeat(np.cumsum(counts) - counts, counts)
-        rows_of_samples = np.repeat(np.arange(len(counts)), counts)
-        self._samples = np.stack([rows_of_samples, np.arange(len(starts)) - starts], axis=1)
-
-    def __len__(self) -> int:
-        return len(self.rows) if self._samples is None else len(self._samples)
-
-    def _row(self, index: int) -> tuple[dict[str, Any], str, str | None]:
-        """The row of a sample, the sample's name for messages, and its text where the data set has a text column."""
-        number, place = (index, 0) if self._samples is None else self._samples[index].tolist()
-        row = self.rows[number]
-        text = None if self.text_column is None else row[self.text_column]
-        if isinstance(text, list):
-            text = text[place] if text else None
-        own_name = "" if row.get("id") is None else f" (id {row['id']})"
-        return row, f"row {number}{own_name}", text
-
-    def _open(self, value: Any, sample: str) -> Any:
-        try:
-            return open_image(value, self.image_folder)
-        except ValueError as error:
-            raise ValueError(f"Sample {sample}: {error}") from error
-
-
-def _require(rows: datasets.Dataset, **columns: str) -> None:
-    for argument, column in columns.items():
-        if column not in rows.column_names:
-            raise ValueError(
-                f"The data set has no column {column!r}; it has {', '.join(rows.column_names)}. "
-                f"Name the right one with --{argument}."
-            )
-
-
-class PairDataset(_RowDataset):
-    """Pairs of image and caption, for stage 1.
-
-    Args:
-        rows: as `load_rows` gives them.
-        image_column, caption_column: their names. A caption is a string or a list of strings.
-        image_folder: where relative image paths start.
-        lists: what a list of captions stands for: `"all"`, a pair each; `"first"`, one pair.
-
-    Items are `{"id": str, "image": PIL.Image.Image, "caption": str}`.
-
-    Raises:
-        ValueError: a column is missing; or, when an item is read, a picture cannot be opened. The message names the
-            row.
-    """
-
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        image_column: str = "image",
-        caption_column: str = "caption",
-        image_folder: str | Path | None = None,
-        lists: Literal["all", "first"] = "all",
-    ):
-        _require(rows, image_column=image_column, caption_column=caption_column)
-        super().__init__(rows, caption_column, image_folder, lists)
-        self.image_column = image_column
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row, sample, caption = self._row(index)
-        return {"id": sample, "image": self._open(row[self.image_column], sample), "caption": caption or ""}
-
-
-class ConversationDataset(_RowDataset):
-    """Conversations about images, for stage 2, from rows of any of these forms (the first that fits):
-
-    - `messages`: chat messages, content a string or a list of parts. An image part may hold its picture (`"image"`,
-      `"path"` or `"bytes"`) or be a place for the next picture of the row's image column.
-    - `conversations`: LLaVA's turns `{"from": "human" | "gpt", "value"}`, `<image>` standing for the row's picture.
-    - `question` and `answer`.
-    - with `instruction`: the same question about every picture, `answer_column` holding what to answer, so that
-      captions become conversations.
-
-    A row whose messages leave its pictures unmentioned gets them at the head of its first user turn. Rows may have no
-    picture, one, or a list.
-
-    Args:
-        rows: as `load_rows` gives them.
-        image_column, messages_column, question_column, answer_column: their names.
-        instruction: the question asked of every picture, in place of a question column.
-        image_folder: where relative image paths start.
-        lists: what a list of answers stands for: `"all"`, a sample each; `"first"`, one sample.
-
-    Items are `{"id": str, "messages": list}`, every content a list of parts with opened pictures.
-
-    Raises:
-        ValueError: no form fits the columns; or, when an item is read, pictures and their places differ in number, a
-            picture cannot be opened, or a role or part is unknown. The message names the row.
-    """
-
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        image_column: str = "image",
-        messages_column: str = "messages",
-        question_column: str = "question",
-        answer_column: str = "answer",
-        instruction: str | None = None,
-        image_folder: str | Path | None = None,
-        lists: Literal["all", "first"] = "all",
-    ):
-        columns = rows.column_names
-        text_column = None
-        if instruction is not None:
-            _require(rows, image_column=image_column, answer_column=answer_column)
-            text_column = answer_column
-        elif messages_column in columns or "conversations" in columns:
-            pass
-        elif question_column in columns and answer_column in columns:
-            text_column = answer_column
-        else:
-            raise ValueError(
-                f"The data set's columns are {', '.join(columns)}. A conversation is read from {messages_column!r} "
-                f"(--messages_column), from 'conversations' (LLaVA), from {question_column!r} and {answer_column!r} "
-                "(--question_column, --answer_column), or from an answer column alone with --instruction."
-            )
-        super().__init__(rows, text_column, image_folder, lists)
-        self.image_column = image_column
-        self.messages_column = messages_column
-        self.question_column = question_column
-        self.instruction = instruction
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row, sample, answer = self._row(index)
-        if self.text_column is not None:
-            question = row[self.question_column] if self.instruction is None else self.instruction
-            turns = [("user", question), ("assistant", answer)]
-        elif row.get(self.messages_column) is not None:
-            turns = [(message["role"], message["content"]) for message in row[self.messages_column]]
-        else:
-            turns = [_llava_turn(turn, sample) for turn in row["conversations"] or []]
-        messages = [{"role": role, "content": _parts(content, sample)} for role, content in turns]
-        self._place_images(messages, _as_list(row.get(self.image_column)), sample)
-        return {"id": sample, "messages": messages}
-
-    def _place_images(self, messages: list[dict[str, Any]], images: list[Any], sample: str) -> None:
-        """Opens every picture, the row's own at the places left for them."""
-        places = [part for message in messages for part in message["content"] if part["type"] == "image"]
-        empty = [part for part in places if part["image"] is None]
-        if not places and images:
-            empty = [{"type": "image", "image": None} for _ in images]
-            first = next((message for message in messages if message["role"] == "user"), None)
-            if first is None:
-                raise ValueError(f"Sample {sample} has no user turn to show its picture in.")
-            first["content"][:0] = places = empty
-        if len(empty) != len(images):
-            raise ValueError(
-                f"Sample {sample} has {len(images)} pictures in its column {self.image_column!r} and {len(empty)} "
-                "places for them in its messages: give as many of one as of the other."
-            )
-        for part, image in zip(empty, images, strict=True):
-            part["image"] = image
-        for part in places:
-            part["image"] = self._open(part["image"], sample)
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None or value == "":
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _llava_turn(turn: dict[str, str], sample: str) -> tuple[str, list[dict[str, Any]]]:
-    if turn["from"] not in _LLAVA_ROLES:
-        raise ValueError(
-            f"Sample {sample}: a turn is from {turn['from']!r}; expected one of {', '.join(_LLAVA_ROLES)}."
-        )
-    parts: list[dict[str, Any]] = []
-    for number, text in enumerate(turn["value"].split(_LLAVA_IMAGE)):
-        if number:
-            parts.append({"type": "image"})
-        if text.strip():
-            parts.append({"type": "text", "text": text.strip()})
-    return _LLAVA_ROLES[turn["from"]], parts
-
-
-def _parts(content: Any, sample: str) -> list[dict[str, Any]]:
-    """A message's content as new image and text parts. Arrow fills absent keys of a part with None."""
-    if content is None or isinstance(content, str):
-        return [{"type": "text", "text": content or ""}]
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        if part.get("type") == "text":
-            parts.append({"type": "text", "text": part.get("text") or ""})
-        elif part.get("type") == "image":
-            image = next((part[key] for key in ("image", "path", "bytes") if part.get(key) is not None), None)
-            parts.append({"type": "image", "image": image})
-        else:
-            raise ValueError(
-                f"Sample {sample}: a content part is of type {part.get('type')!r}; expected 'text' or 'image'."
-            )
-    return parts
+__all__ = ["column_names_of", "load_rows"]

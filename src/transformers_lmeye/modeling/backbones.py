@@ -1,12 +1,15 @@
 """Loading frozen backbones, and saving and publishing an LMEye with or without them."""
 
+import copy
 import inspect
 import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import (
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -242,6 +246,21 @@ def load_backbones(
     for part in parts.values():
         part.config._name_or_path = ""  # the sources are in config.backbones; a published file needs no local path
     return parts
+
+
+def _as_own_class(save: Callable[..., None]) -> Callable[..., None]:
+    """Has a model that FSDP2 has given a class of its making saved as the class it was before."""
+
+    @wraps(save)
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        found = type(self)
+        self.__class__ = next(kind for kind in found.__mro__ if not kind.__module__.startswith("torch."))
+        try:
+            save(self, *args, **kwargs)
+        finally:
+            self.__class__ = found
+
+    return run
 
 
 class LMEyeCheckpointMixin:
@@ -460,6 +479,8 @@ class LMEyeCheckpointMixin:
             if is_trainable:
                 raise ValueError(_no_adapter(pretrained_model_name_or_path))
             extra = {} if config is None else {"config": config}
+            if kwargs.get("quantization_config") is not None:
+                kwargs["quantization_config"] = _of_language_model(kwargs["quantization_config"])
             with_info = kwargs.pop("output_loading_info", False)
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **extra, **kwargs
@@ -470,6 +491,8 @@ class LMEyeCheckpointMixin:
                     + ", ".join(sorted(info["missing_keys"]))
                 )
             model.freeze_backbones()
+            # The Trainer asks before it trains: what is quantised is frozen, and what trains is not quantised.
+            model.is_quantized = False
             return (model, info) if with_info else model
         locations = {
             "vision": vision_model_name_or_path,
@@ -547,6 +570,7 @@ class LMEyeCheckpointMixin:
             if name.startswith("ipn.") and not (frozen and name.startswith(frozen))
         }
 
+    @_as_own_class
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -741,7 +765,23 @@ def restore_adapter(language_model: nn.Module, folder: str | os.PathLike) -> Non
     known = language_model.state_dict()
     expected |= {name: known[name] for name in weights.keys() & known.keys()}
     _check_tensors(f"The language model's adapter at {folder} does", expected, weights)
-    set_peft_model_state_dict(language_model, weights, adapter_name=adapter)
+    if any(hasattr(tensor, "device_mesh") for tensor in expected.values()):
+        copy_tensors(weights, expected)
+    else:
+        set_peft_model_state_dict(language_model, weights, adapter_name=adapter)
+
+
+@torch.no_grad()
+def copy_tensors(sources: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> None:
+    """Copies whole tensors into those of the same names, of which this process may hold a part alone (FSDP2)."""
+    for name, source in sources.items():
+        target = targets[name]
+        source = source.to(target.device, target.dtype)
+        if hasattr(target, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor
+
+            source = distribute_tensor(source, target.device_mesh, target.placements)
+        target.copy_(source)
 
 
 def _with_adapter(language_model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
@@ -876,6 +916,22 @@ def _split_loading_kwargs(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
             if name.startswith(f"{role}_") and name not in fields:
                 options[role][name.removeprefix(f"{role}_")] = kwargs.pop(name)
     return options
+
+
+def _of_language_model(quantization_config: Any) -> Any:
+    """A quantization configuration by which a whole model's language model alone is quantised, its head apart."""
+    config = copy.deepcopy(quantization_config)
+    if isinstance(config, dict):
+        config = AutoQuantizationConfig.from_dict(config)
+    name = "llm_int8_skip_modules" if hasattr(config, "llm_int8_skip_modules") else "modules_to_not_convert"
+    if not hasattr(config, name):
+        raise ValueError(
+            f"{type(config).__name__} cannot leave modules out, and would quantise what trains: save the IPN alone "
+            "(save_backbones=False) and load it with the quantised language model."
+        )
+    kept = getattr(config, name) or ["lm_head"]
+    setattr(config, name, [*kept, "ipn", "qformer", "vision_tower"])
+    return config
 
 
 def _for_part(kwargs: dict[str, Any], part: str) -> dict[str, Any]:
@@ -1047,4 +1103,11 @@ def _placed(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-__all__ = ["ADAPTER_FOLDER", "LMEyeCheckpointMixin", "first_slot_id", "language_model_widths", "restore_adapter"]
+__all__ = [
+    "ADAPTER_FOLDER",
+    "LMEyeCheckpointMixin",
+    "copy_tensors",
+    "first_slot_id",
+    "language_model_widths",
+    "restore_adapter",
+]

@@ -41,10 +41,12 @@ class LMEyeConfig(PreTrainedConfig):
             `"cross_attention"`: request vectors attend to image features in a trained stack (RVII, last revision).
             `"none"`: only the static mapping (the paper's IPN*).
         visual_mapping (`str`): the static perception. `"linear"`: the global image feature mapped by one matrix.
-            `"qformer"`: each output of BLIP-2's Q-Former mapped by one matrix. `"resampler"`: learned queries attend
-            to the patches, whatever is asked.
-        num_static_tokens (`int`, *optional*): `<img>` slots per image; `num_query_tokens` with `"qformer"`, else 1 by
-            default.
+            `"qformer"`: each output of BLIP-2's Q-Former mapped by one matrix. `"patch"`: each of the vision tower's
+            patch tokens mapped by one matrix, as in LLaVA. `"resampler"`: learned queries attend to the patches,
+            whatever is asked.
+        num_static_tokens (`int`, *optional*): `<img>` slots per image; by default `num_query_tokens` with `"qformer"`,
+            the number of patches with `"patch"`, else 1. With `"patch"`, fewer average the patches over that many
+            equal areas (rows and columns as near to a square as they divide).
         num_dynamic_tokens (`int`): `<img-d>` slots per request, *k* in the paper (5 for LLaMA and BLOOMZ, 1 for
             OPT-IML).
         num_request_rounds (`int`): requests a question asks one after another, each seeing what the earlier ones
@@ -95,7 +97,7 @@ class LMEyeConfig(PreTrainedConfig):
     qformer_config: dict | PreTrainedConfig | None = None
     num_query_tokens: int = 32
     interaction: Literal["clip_text", "cross_attention", "none"] = "clip_text"
-    visual_mapping: Literal["linear", "qformer", "resampler"] = "linear"
+    visual_mapping: Literal["linear", "qformer", "patch", "resampler"] = "linear"
     num_static_tokens: int | None = None
     num_dynamic_tokens: int = 5
     num_request_rounds: int = 1
@@ -134,7 +136,8 @@ class LMEyeConfig(PreTrainedConfig):
         if self.keep_request_token is None:
             self.keep_request_token = self.is_encoder_decoder
         if self.num_static_tokens is None:
-            self.num_static_tokens = self.num_query_tokens if self.visual_mapping == "qformer" else 1
+            by_default = {"qformer": self.num_query_tokens, "patch": self._num_patches()}
+            self.num_static_tokens = by_default.get(self.visual_mapping, 1)
         if self.fine_grained_source is None:
             if self.interaction == "cross_attention":
                 self.fine_grained_source = "patch"
@@ -180,6 +183,8 @@ class LMEyeConfig(PreTrainedConfig):
         Raises:
             ValueError: the interaction cannot be built with these sizes; the message names the field.
         """
+        if self.visual_mapping == "patch":
+            self._check_static_patches()
         for name in ("num_static_tokens", "num_dynamic_tokens", "num_request_rounds", "num_request_vectors"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
@@ -223,16 +228,36 @@ class LMEyeConfig(PreTrainedConfig):
                 f"interaction_num_heads={self.interaction_num_heads}."
             )
 
+    def _num_patches(self) -> int | None:
+        """Patch tokens of a picture of the vision tower's own size, `None` where its configuration does not say."""
+        image_size, patch_size = (getattr(self.vision_config, name, None) for name in ("image_size", "patch_size"))
+        if not (isinstance(image_size, int) and isinstance(patch_size, int)):
+            return None
+        return (image_size // patch_size) ** 2
+
+    def _check_static_patches(self):
+        """Refuses a static mapping of more patches than there are, or of an unknown number."""
+        if self.num_static_tokens is None:
+            raise ValueError(
+                f'visual_mapping="patch" maps each patch to a static token, and a vision tower of type '
+                f'"{self.vision_config.model_type}" does not say how many it has: give num_static_tokens.'
+            )
+        num_patches = self._num_patches()
+        if num_patches is not None and self.num_static_tokens > num_patches:
+            raise ValueError(
+                f"num_static_tokens={self.num_static_tokens} is more than the {num_patches} patches that "
+                'visual_mapping="patch" maps: leave it out for all of them, or give fewer, which average them.'
+            )
+
     def _check_text_positions(self):
         """Refuses more soft tokens per image than the CLIP text encoder has positions for."""
         num_tokens = self.num_fine_grained_tokens
         if num_tokens is None and self.fine_grained_source == "qformer":
             num_tokens = self.num_query_tokens
         elif num_tokens is None:
-            image_size, patch_size = (getattr(self.vision_config, name, None) for name in ("image_size", "patch_size"))
-            if not (isinstance(image_size, int) and isinstance(patch_size, int)):
+            num_tokens = self._num_patches()
+            if num_tokens is None:
                 return
-            num_tokens = (image_size // patch_size) ** 2
         needed, available = num_tokens + self.num_request_vectors + 2, self.clip_text_config.max_position_embeddings
         if needed > available:
             side = math.isqrt(max(available - self.num_request_vectors - 2, 1))

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqLMOutput
 
 from .generation import complete_settings
+from .lockstep import Call, is_split, kept_in_step, several_processes
 from .outputs import LMEyeSeq2SeqLMOutput
 from .reading import take_columns
 from .segments import group_slots
@@ -63,6 +64,7 @@ class EncoderDecoderMixin:
 
     def _call_encoder(self, embeds: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
         encoder = self.language_model.get_encoder()
+        embeds = self._wait_to_read(Call.ENCODE, embeds)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not kwargs:
 
             def function(embeds: torch.Tensor) -> torch.Tensor:
@@ -132,7 +134,11 @@ class EncoderDecoderMixin:
         if labels is not None:
             labels = labels.masked_fill(self._is_slot(labels), -100).contiguous()
         shows = {name: True for name in ("output_attentions", "output_hidden_states") if kwargs.get(name)}
-        if encoder_outputs is None and (image_features is not None or self._holds_slots(input_ids, None)):
+        # In lockstep, words alone are read as other processes read words and images.
+        in_lockstep = self.lockstep is not None and inputs_embeds is None
+        if encoder_outputs is None and (
+            in_lockstep or image_features is not None or self._holds_slots(input_ids, None)
+        ):
             if inputs_embeds is not None:
                 raise ValueError("Images are shown in `<img>` slots of input_ids; inputs_embeds has none.")
             encoding = self._encode(input_ids, attention_mask, image_features, **shows)
@@ -163,6 +169,9 @@ class EncoderDecoderMixin:
     def _decode(self, encoder_outputs: ModelOutput | None = None, **inputs: Any) -> ModelOutput:
         """The language model's forward; checkpointed as a whole in training."""
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if self.lockstep is not None and encoder_outputs is not None:
+            hidden = self._wait_to_read(Call.DECODE, encoder_outputs.last_hidden_state)
+            encoder_outputs = EncoderOutput(**{**encoder_outputs, "last_hidden_state": hidden})
         if encoder_outputs is None or not checkpointed or encoder_outputs.get("hidden_states"):
             if encoder_outputs is not None:
                 inputs["encoder_outputs"] = encoder_outputs
@@ -188,6 +197,8 @@ class EncoderDecoderMixin:
         kwargs.pop("labels", None)
         generation_config, kwargs = complete_settings(self.generation_config, generation_config, kwargs)
         has_slots = image_features is not None or (input_ids is not None and bool(self._is_slot(input_ids).any()))
+        if several_processes() and is_split(self.language_model):
+            has_slots = input_ids is not None  # words alone are read as other processes read words and images
         if "encoder_outputs" in kwargs or not has_slots:
             return self.language_model.generate(input_ids, generation_config=generation_config, **kwargs)
         attention_mask = kwargs.pop("attention_mask", None)
@@ -197,7 +208,8 @@ class EncoderDecoderMixin:
         shows = {
             name: True for name in ("output_attentions", "output_hidden_states") if getattr(generation_config, name)
         }
-        encoding = self._encode(input_ids, attention_mask, image_features, **shows)
+        with kept_in_step(self):
+            encoding = self._encode(input_ids, attention_mask, image_features, **shows)
         words, _ = self._words_of(input_ids, attention_mask, pad_token_id or 0)  # what logits processors know of it
         return self.language_model.generate(
             words,

@@ -11,6 +11,7 @@ from transformers import DynamicCache, GenerationConfig, QuantizedCache, StaticC
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
+from .lockstep import is_split, kept_in_step, several_processes
 from .outputs import LMEyeCausalLMOutputWithPast
 from .reading import Reading, check_columns, join_hidden_states, last_place, note_columns, take_columns
 from .segments import cache_length, column_order, counts_columns, is_foreign, is_recurrent, repeat_rows
@@ -75,10 +76,13 @@ class PerceivedGenerationMixin:
                 cache that the prompt's cannot be copied into.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if pixel_values is not None and image_features is None:
-            image_features = self.get_image_features(
-                pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes
-            )
+        if several_processes() and is_split(self):
+            kwargs = {"synced_gpus": True, **kwargs}  # processes go on until all have ended
+        with kept_in_step(self):
+            if pixel_values is not None and image_features is None:
+                image_features = self.get_image_features(
+                    pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes
+                )
         if self.config.is_encoder_decoder:
             kwargs.pop("input_ids", None)
             return self._generate_encoder_decoder(input_ids, image_features, generation_config, kwargs)
@@ -86,6 +90,8 @@ class PerceivedGenerationMixin:
             if not self._supports_default_dynamic_cache():
                 settings, kwargs = complete_settings(self.generation_config, generation_config, kwargs)
                 return self.language_model.generate(inputs, generation_config=settings, **kwargs)
+            with kept_in_step(self):
+                pass  # other processes read prompts with images
             return super().generate(inputs, generation_config=generation_config, **kwargs)
         kwargs.pop("input_ids", None)
         kwargs.pop("labels", None)
@@ -109,13 +115,14 @@ class PerceivedGenerationMixin:
         prompt_cache, given_cache = None, kwargs.pop("past_key_values", None)
         if cache_length(given_cache) > 0:
             prompt_cache, given_cache = given_cache, None
-        outputs, reading = self._read_prompt(
-            input_ids,
-            attention_mask,
-            image_features,
-            prompt_cache,
-            bool(setting("output_hidden_states")),
-        )
+        with kept_in_step(self):
+            outputs, reading = self._read_prompt(
+                input_ids,
+                attention_mask,
+                image_features,
+                prompt_cache,
+                bool(setting("output_hidden_states")),
+            )
 
         words, words_mask = self._words_of(input_ids, attention_mask, pad_token_id)
         expand = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
@@ -199,6 +206,11 @@ class PerceivedGenerationMixin:
         kwargs: dict[str, Any],
     ) -> torch.LongTensor:
         """Generates for one row after the other, where the language model cannot tell padding from words."""
+        if several_processes() and is_split(self):
+            raise ValueError(
+                f"{type(self.language_model).__name__} reads rows of unlike lengths one at a time, which processes "
+                "that share its parameters cannot do in step: pass one row a call, the same number of calls in each."
+            )
         image_rows, _ = self._place_images(input_ids, image_features, 0)
         sequences = []
         for row, valid in enumerate(attention_mask.bool()):
@@ -315,7 +327,9 @@ class PerceivedGenerationMixin:
             # Recurrent states alone do not tell how much they have read: every step reads the newest word.
             counted = past_key_values is not None and counts_columns(past_key_values)
             next_sequence_length = num_columns - cache_length(past_key_values) if counted else min(new_ids.shape[1], 1)
-            if next_sequence_length == 0:
+            if next_sequence_length <= 0:
+                if not is_first_iteration:  # the prompt has ended, and marks time until those of other processes have
+                    inputs.update(input_ids=input_ids[:, -1:], use_cache=False)
                 return inputs
             attention_mask = prompt.attention_mask
             if attention_mask is not None:

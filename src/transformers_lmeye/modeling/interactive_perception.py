@@ -44,13 +44,16 @@ def sinusoidal_positions(places: torch.Tensor, width: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
-def pool_features(features: torch.Tensor, num_tokens: int, spatial_shapes: torch.Tensor | None = None) -> torch.Tensor:
+def pool_features(
+    features: torch.Tensor, num_tokens: int | tuple[int, int], spatial_shapes: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Averages features over equal areas of their grid.
 
     Args:
         features (`[N, P, d]` or `[N, rows, columns, d]`): patches row by row, a square where their number is one.
-        num_tokens (`int`): how many are left; on a grid, a square number.
+        num_tokens (`int`, or rows and columns): how many are left. Without rows and columns a square number of them is
+            a square of areas and any other a row; of features in one row all are a row.
         spatial_shapes (int `[N, 2]`, *optional*): each picture's rows and columns; what lies behind them is padding.
 
     Returns:
@@ -64,8 +67,10 @@ def pool_features(features: torch.Tensor, num_tokens: int, spatial_shapes: torch
         return torch.cat(pooled)
     if features.dim() == 3:
         features = features.unflatten(1, patch_grid(features.shape[1]))
-    grid = patch_grid(num_tokens) if features.shape[1] > 1 else (1, num_tokens)
-    return nn.functional.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), grid).flatten(2).transpose(1, 2)
+    areas = patch_grid(num_tokens) if isinstance(num_tokens, int) else num_tokens
+    if features.shape[1] == 1:
+        areas = (1, math.prod(areas))
+    return nn.functional.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), areas).flatten(2).transpose(1, 2)
 
 
 def eager_attention(
@@ -233,6 +238,26 @@ class Resampler(nn.Module):
         return self.output(self.stack(None, context, features.patch_mask)[0])  # [N, num_static_tokens, d_L]
 
 
+class PatchMapping(nn.Linear):
+    """Static perception by every patch, mapped by one matrix (LLaVA); or by averages over equal areas of them."""
+
+    def __init__(self, config: LMEyeConfig, feature_width: int, output_width: int):
+        super().__init__(feature_width, output_width)
+        self.num_tokens = config.num_static_tokens
+
+    def forward(self, features: ImageFeatures) -> torch.Tensor:
+        patches = features.patches
+        if patches.shape[1] < self.num_tokens:
+            raise ValueError(
+                f"num_static_tokens={self.num_tokens} is more than the {patches.shape[1]} patches that "
+                'visual_mapping="patch" maps: give at most that many.'
+            )
+        if patches.shape[1] > self.num_tokens or features.patch_mask is not None:
+            rows = max(n for n in range(1, math.isqrt(self.num_tokens) + 1) if self.num_tokens % n == 0)
+            patches = pool_features(patches, (rows, self.num_tokens // rows), features.spatial_shapes)
+        return super().forward(patches)  # [N, num_static_tokens, d_L]
+
+
 class InteractivePerceptionNetwork(nn.Module):
     """Static perception, request and interaction, and the way back into the language model's embedding space.
 
@@ -261,6 +286,8 @@ class InteractivePerceptionNetwork(nn.Module):
             self.visual_mapping = nn.Linear(image_width, config.num_static_tokens * input_width)
         elif config.visual_mapping == "qformer":
             self.visual_mapping = nn.Linear(query_width, input_width)
+        elif config.visual_mapping == "patch":
+            self.visual_mapping = PatchMapping(config, patch_width, input_width)
         else:
             self.visual_mapping = Resampler(config, patch_width, input_width)
         self.image_token = nn.Parameter(torch.empty(config.num_static_tokens, input_width))
@@ -325,9 +352,10 @@ class InteractivePerceptionNetwork(nn.Module):
                 init.normal_(linear.weight, std=0.02)
 
     def static_tokens(self, features: ImageFeatures) -> torch.Tensor:
-        """e_img = t_img + W_a h_I + b_a for each image (or each Q-Former output): `[N, num_static_tokens, d_L]`."""
+        """e_img = t_img + W_a h_I + b_a for each image (or each Q-Former output or patch): `[N, num_static_tokens,
+        d_L]`."""
         features = features.to(self.dtype)
-        if self.config.visual_mapping == "resampler":
+        if self.config.visual_mapping in ("patch", "resampler"):
             mapped = self.visual_mapping(features)
         elif self.config.visual_mapping == "qformer":
             mapped = self.visual_mapping(features.queries)

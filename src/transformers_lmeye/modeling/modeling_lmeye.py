@@ -7,6 +7,7 @@ in the image -> dynamic tokens in the `<img-d>` slots -> answer. See `segments.p
 """
 
 import inspect
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils import can_return_tuple, logging
 
 from .backbones import LMEyeCheckpointMixin, language_model_widths
@@ -27,6 +28,7 @@ from .configuration_lmeye import LMEyeConfig
 from .encoder_decoder import EncoderDecoderMixin
 from .generation import PerceivedGenerationMixin
 from .interactive_perception import InteractivePerceptionNetwork
+from .lockstep import Call, Lockstep, in_step, kept_in_step
 from .outputs import LMEyeCausalLMOutputWithPast, LMEyePerception, LMEyeSeq2SeqLMOutput
 from .reading import (
     LaidOutBatch,
@@ -130,9 +132,12 @@ class LMEyeForConditionalGeneration(
             clip_text_model=clip_text_model,
         )
         self.gradient_checkpointing = False
+        self.lockstep: Lockstep | None = None  # what a pass agrees on with processes that share the parameters
         self.freeze_backbones()
         self.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
         self.post_init()
+        # Backbones name layers of parts that are not here; accelerate looks for each of them.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
         self.train(False)
 
     # --- parts -------------------------------------------------------------------------------------------------
@@ -189,11 +194,21 @@ class LMEyeForConditionalGeneration(
                 f'interaction="{self.config.interaction}" has nothing to train in stage "{stage}": its only '
                 'parameters are those of stage "pretrain".'
             )
+        for module in self.language_model.modules():
+            if getattr(module, "support_avx512bf16_for_cpu", False):
+                # bitsandbytes repacks 4-bit weights that it first meets in eval mode without gradients, for a kernel
+                # that no gradient passes, and says nothing.
+                module.support_avx512bf16_for_cpu = False
         total = sum(counts.values())
         parts = ", ".join(f"ipn.{part} {count:,}" for part, count in counts.items())
         everything = sum(parameter.numel() for parameter in self.parameters())
         logger.info(f"Stage {stage}: training {total:,} of {everything:,} parameters: {parts}")
         return total
+
+    @property
+    def base_model(self) -> "LMEyeWithoutHead":
+        """The model as trainers see it that apply the language model's head themselves, as TRL's do."""
+        return LMEyeWithoutHead(self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -244,6 +259,8 @@ class LMEyeForConditionalGeneration(
         Returns:
             [`ImageFeatures`]: to be passed as `image_features` in place of `pixel_values`, as often as wanted.
         """
+        if self.lockstep is not None:
+            self.lockstep.wait(Call.SEE, shown={"pixel_values": pixel_values, **vision_inputs})
         return read_images(
             self.vision_tower,
             self.qformer,
@@ -280,15 +297,25 @@ class LMEyeForConditionalGeneration(
             )
         image_rows, image_columns = self._place_images(input_ids, image_features, start)
         words = input_ids.masked_fill(self._is_slot(input_ids), 0)
-        embeds = self.get_input_embeddings()(words)
+        embeds = self._embed_words(words)
         static_tokens = None
         if image_features is not None:
-            static_tokens = self.ipn.static_tokens(image_features.to(self.ipn.image_token.device))
+            static_tokens = self._map_images(image_features.to(self.ipn.image_token.device))
             unread = image_columns >= start
             rows, columns = ((input_ids == self.config.image_token_id) & _from_column(input_ids, start)).nonzero().T
             embeds = embeds.index_put((rows, columns), static_tokens[unread].flatten(0, 1).to(embeds))
         embeds = self._with_layer_inputs(embeds, words)
         return LaidOutBatch(embeds, attention_mask, start, image_features, static_tokens, image_rows, image_columns)
+
+    def _embed_words(self, words: torch.Tensor) -> torch.Tensor:
+        if self.lockstep is not None:
+            self.lockstep.wait(Call.EMBED)
+        return self.get_input_embeddings()(words)
+
+    def _map_images(self, features: ImageFeatures) -> torch.Tensor:
+        if self.lockstep is not None:
+            self.lockstep.wait(Call.MAP, torch.is_grad_enabled(), vars(features))
+        return self.ipn.static_tokens(features)
 
     def _plan(self, input_ids: torch.Tensor, laid_out: LaidOutBatch) -> SegmentPlan:
         """The segments of a batch for a causal language model."""
@@ -365,7 +392,7 @@ class LMEyeForConditionalGeneration(
         """
         images = self._images_before(laid_out, rows, slots[:, 0])
         device = self.ipn.image_token.device
-        tokens, attention = self.ipn(
+        tokens, attention = self._interact(
             requests.to(device), laid_out.features.to(device), images.to(device), return_weights
         )
         embeds = embeds.index_put((rows[:, None], slots), self._in_slot(tokens).to(embeds))
@@ -378,9 +405,69 @@ class LMEyeForConditionalGeneration(
             "attention": attention,
         }
 
+    def _interact(
+        self, requests: torch.Tensor, features: ImageFeatures, images: torch.Tensor, return_weights: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The interaction; in lockstep once for each number of features that rows see, as its text encoder runs."""
+        if self.lockstep is None:
+            return self.ipn(requests, features, images, return_weights)
+        shown = (images >= 0).sum(dim=1)
+        if features.patch_mask is not None:
+            shown = torch.arange(len(images), device=images.device)
+        groups = [(shown == count).nonzero().flatten() for count in shown.unique()]
+        parts = []
+        for rows in groups:
+            self.lockstep.wait(Call.LOOK_UP, torch.is_grad_enabled(), vars(features))
+            parts.append(self.ipn(requests[rows], features, images[rows], return_weights))
+        order = torch.cat(groups).argsort()
+        tokens = torch.cat([part for part, _ in parts])[order]
+        return tokens, torch.cat([part for _, part in parts])[order] if parts[0][1] is not None else None
+
+    def make_dummy_call(self, call: Call, records: bool, shown: dict[str, torch.Tensor] | None) -> list[torch.Tensor]:
+        """
+        Calls a part of the model over a dummy of batch size 1.
+
+        Args:
+            call: which.
+            records: whether gradients pass through it.
+            shown: one picture as the vision tower is given it, or its features.
+
+        Returns:
+            what came out, to be reached by the backward pass.
+        """
+        token = self.ipn.image_token
+        if call == Call.SEE:
+            self.get_image_features(**shown)
+            return []
+        if call == Call.EMBED:
+            self._embed_words(torch.zeros(1, 1, dtype=torch.long, device=token.device))
+            return []
+        if call == Call.MAP:
+            return [self._map_images(ImageFeatures(**shown))]
+        input_width, request_width = language_model_widths(self.language_model)
+        if call == Call.LOOK_UP:
+            requests = torch.zeros(1, request_width, device=token.device, dtype=token.dtype, requires_grad=records)
+            image = torch.zeros(1, 1, dtype=torch.long, device=token.device)
+            return [self._interact(requests, ImageFeatures(**shown), image, False)[0]]
+        width = request_width if self.config.is_encoder_decoder and call == Call.DECODE else input_width
+        dtype = self.language_model.dtype
+        states = torch.zeros(1, 1, width, device=token.device, dtype=dtype, requires_grad=records)
+        mask = torch.ones(1, 1, dtype=torch.long, device=token.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and records):
+            if call == Call.ENCODE:
+                return [self._call_encoder(states, mask).last_hidden_state]
+            if self.config.is_encoder_decoder:
+                outputs = self._decode(
+                    BaseModelOutput(last_hidden_state=states), attention_mask=mask, decoder_input_ids=mask - 1
+                )
+                return [outputs.logits]
+            hidden, logits, _ = self._read(self._nothing_read(states), self._in_slot(states), mask.bool(), 1)
+            return [hidden, logits]
+
     # --- forward -----------------------------------------------------------------------------------------------
 
     @can_return_tuple
+    @in_step
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -399,6 +486,7 @@ class LMEyeForConditionalGeneration(
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         prompt_outputs: LMEyeCausalLMOutputWithPast | None = None,
+        apply_head: bool = True,
         **kwargs,
     ) -> LMEyeCausalLMOutputWithPast | LMEyeSeq2SeqLMOutput:
         """
@@ -418,6 +506,8 @@ class LMEyeForConditionalGeneration(
             pixel_attention_mask (`[N, P]`), spatial_shapes (int `[N, 2]`): for vision towers that take them (SigLIP2).
             encoder_outputs: for encoder-decoders, what an earlier pass returned, in place of words and images.
             prompt_outputs: used by `generate`, for the prompt it has read.
+            apply_head: `False` returns `last_hidden_state`, what the language model's head is given, in place of
+                logits and loss.
             kwargs: for the language model, such as an encoder-decoder's `decoder_input_ids`. There `labels` are the
                 decoder's own and need no shift; `past_key_values` is the decoder's; `position_ids` and
                 `logits_to_keep` have no meaning.
@@ -441,6 +531,12 @@ class LMEyeForConditionalGeneration(
                 pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes
             )
         if self.config.is_encoder_decoder:
+            if not apply_head:
+                raise ValueError(
+                    "apply_head=False is for causal language models: the head of an encoder-decoder scores the "
+                    "decoder's words, not those of input_ids. Trainers that apply the head themselves (TRL's) cannot "
+                    "train one; LMEyeTrainer can."
+                )
             for name, value in (("past_key_values", past_key_values), ("use_cache", use_cache)):
                 if value is not None:
                     kwargs[name] = value
@@ -448,7 +544,11 @@ class LMEyeForConditionalGeneration(
                 input_ids, attention_mask, image_features, inputs_embeds, encoder_outputs, labels, loss_kwargs, kwargs
             )
         has_images = image_features is not None
-        if inputs_embeds is not None or not (has_images or self._holds_slots(input_ids, past_key_values)):
+        # In lockstep, words alone are read as other processes read words and images.
+        in_segments = self.lockstep is not None and torch.is_grad_enabled() and past_key_values is None
+        if inputs_embeds is not None or not (
+            has_images or in_segments or self._holds_slots(input_ids, past_key_values)
+        ):
             if has_images:
                 raise ValueError("Images are shown in `<img>` slots of input_ids; inputs_embeds has none.")
             outputs = self._read_plain(
@@ -459,20 +559,23 @@ class LMEyeForConditionalGeneration(
                 inputs_embeds,
                 use_cache,
                 logits_to_keep,
+                apply_head,
                 kwargs,
             )
             if prompt_outputs is not None:
                 outputs["logits"] = torch.cat([prompt_outputs.logits, outputs["logits"]], dim=1)
         else:
             outputs = self._read_with_images(
-                input_ids, attention_mask, image_features, past_key_values, logits_to_keep, kwargs
+                input_ids, attention_mask, image_features, past_key_values, logits_to_keep, apply_head, kwargs
             )
             if use_cache is False:
                 outputs["past_key_values"] = None
             if labels is not None:
                 labels = labels.masked_fill(self._is_slot(input_ids[:, -labels.shape[1] :]), -100)
         loss = None
-        if labels is not None:
+        if not apply_head:
+            outputs["last_hidden_state"] = outputs.pop("logits")
+        elif labels is not None:
             logits = outputs["logits"]
             loss = self.loss_function(
                 logits=logits, labels=labels.to(logits.device), vocab_size=logits.shape[-1], **loss_kwargs
@@ -494,6 +597,7 @@ class LMEyeForConditionalGeneration(
         inputs_embeds: torch.Tensor | None,
         use_cache: bool | None,
         logits_to_keep: int | torch.Tensor,
+        apply_head: bool,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Words alone: the language model as it is."""
@@ -502,6 +606,11 @@ class LMEyeForConditionalGeneration(
             if position_ids is None and getattr(past_key_values, "is_of_images", False):
                 positions = attention_mask.long().cumsum(dim=1).clamp(min=1) - 1 + self._position_of_first_word
                 position_ids = positions[:, cache_length(past_key_values) :]
+        if self.lockstep is not None:
+            if inputs_embeds is None and self._layer_inputs_table is not None:
+                kwargs = {**kwargs, "per_layer_inputs": self._layer_inputs_table.get_per_layer_inputs(input_ids)}
+            inputs_embeds = self._embed_words(input_ids) if inputs_embeds is None else inputs_embeds
+            inputs_embeds = self._wait_to_read(Call.DECODE, inputs_embeds)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         optional = {
             "position_ids": position_ids,
@@ -512,9 +621,10 @@ class LMEyeForConditionalGeneration(
         for name, value in optional.items():
             if value is not None and name in self._accepted:
                 inputs[name] = value
-        outputs = self.language_model(attention_mask=attention_mask, return_dict=True, **inputs, **kwargs)
+        with nullcontext() if apply_head else self._head_inputs(0) as head_inputs:
+            outputs = self.language_model(attention_mask=attention_mask, return_dict=True, **inputs, **kwargs)
         return {
-            "logits": outputs.logits,
+            "logits": outputs.logits if head_inputs is None else head_inputs[0],
             "past_key_values": outputs.get(self._cache_name),
             "hidden_states": outputs.get("hidden_states"),
             "attentions": outputs.get("attentions"),
@@ -527,6 +637,7 @@ class LMEyeForConditionalGeneration(
         image_features: ImageFeatures | None,
         past_key_values: Cache | None,
         logits_to_keep: int | torch.Tensor,
+        apply_head: bool,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Words and images: one sweep over the segments."""
@@ -546,7 +657,7 @@ class LMEyeForConditionalGeneration(
         widths = [segment.columns.shape[1] for segment in plan.segments]
         keep_last = logits_to_keep if isinstance(logits_to_keep, int) and plan.contiguous else 0
         num_logits = _last_columns(widths, keep_last) if keep_last else widths
-        reading = self._sweep(laid_out, plan, past_key_values, num_logits, output_hidden_states)
+        reading = self._sweep(laid_out, plan, past_key_values, num_logits, output_hidden_states, apply_head=apply_head)
         note_columns(reading, laid_out.attention_mask)
         logits = torch.cat(reading.logits, dim=1)
         order = None if plan.contiguous else column_order(plan, input_ids.shape[1] - start)
@@ -588,7 +699,7 @@ class LMEyeForConditionalGeneration(
         """
         if pixel_values is None and image_features is None:
             raise ValueError("There is nothing to perceive without an image: pass pixel_values or image_features.")
-        with torch.no_grad():
+        with torch.no_grad(), kept_in_step(self):
             if image_features is None:
                 image_features = self.get_image_features(
                     pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes
@@ -624,6 +735,33 @@ class LMEyeForConditionalGeneration(
                 grid = _grid_of(attention.shape[-1], image_features)
             perception.attention_maps = attention.unflatten(-1, grid)
         return perception
+
+
+class LMEyeWithoutHead:
+    """
+    [`LMEyeForConditionalGeneration`] up to the language model's head, which reads words and images as the whole does.
+
+    Args:
+        model ([`LMEyeForConditionalGeneration`]): the whole.
+    """
+
+    def __init__(self, model: LMEyeForConditionalGeneration):
+        self._model = model
+
+    def __call__(self, *args, **kwargs) -> LMEyeCausalLMOutputWithPast:
+        outputs = self._model.forward(*args, apply_head=False, **kwargs)
+        states = outputs.last_hidden_state
+        if torch.is_grad_enabled() and not states.requires_grad:
+            # A batch of words alone reaches no trained parameter: its gradient is zero, not an error.
+            trained = (parameter for parameter in self._model.parameters() if parameter.requires_grad)
+            outputs.last_hidden_state = states + sum((0.0 * parameter.sum() for parameter in trained), 0.0)
+        return outputs
+
+    def __getattr__(self, name: str) -> Any:
+        # A model asks its base for parts that it does not know itself, so these questions end here.
+        if name in ("get_encoder", "set_encoder", "get_decoder", "set_decoder"):
+            raise AttributeError(f"{type(self).__name__} has no {name}.")
+        return getattr(self._model, name)
 
 
 def _from_column(input_ids: torch.Tensor, start: int) -> torch.Tensor:

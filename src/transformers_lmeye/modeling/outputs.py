@@ -22,6 +22,8 @@ class LMEyeCausalLMOutputWithPast(ModelOutput):
         hidden_states (tuple of `[batch, seq, hidden]`): of the final sequence, dynamic tokens inside.
         attentions: the language model's, where no slot was read.
         image_hidden_states (`torch.Tensor` of shape `[num_images, num_static_tokens, d_L]`): static information.
+        last_hidden_state (`torch.Tensor` of shape `[batch, seq, d_h]`): with `apply_head=False`, what the language
+            model's head is given, in place of logits. Undefined at padding.
     """
 
     loss: torch.Tensor | None = None
@@ -30,6 +32,7 @@ class LMEyeCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
 
 
 @dataclass

@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import maybe_autocast
 
 from .interactive_perception import ImageFeatures
+from .lockstep import Call
 from .segments import (
     Segment,
     SegmentPlan,
@@ -69,6 +70,7 @@ class Reading:
     logits: list[torch.Tensor]
     hidden_states: list[tuple[torch.Tensor, ...]]
     perceptions: list[dict[str, torch.Tensor]]
+    apply_head: bool = True  # else `logits` holds what the head would be given, [B, W, d_h]
 
 
 @dataclass
@@ -241,6 +243,21 @@ class SegmentReadingMixin:
         mask = torch.zeros(embeds.shape[0], 0, dtype=torch.bool, device=embeds.device)
         return Reading(cache, mask, embeds, [], [], [])
 
+    def find_out_how_to_read(self) -> None:
+        """Finds now what would be found by trying when a batch first needs it."""
+        if not self.config.is_encoder_decoder:
+            _ = self.reads_padding  # which asks for the way of reading
+
+    def _wait_to_read(self, call: Call, states: torch.Tensor) -> torch.Tensor:
+        """Waits for this process's turn to run the language model over `states`; see `lockstep.py`."""
+        if self.lockstep is None:
+            return states
+        trains = any(parameter.requires_grad for parameter in self.language_model.parameters())
+        records = torch.is_grad_enabled() and (trains or states.requires_grad)
+        if self.lockstep.wait(call, records) and not states.requires_grad:
+            states = states + torch.zeros((), dtype=states.dtype, device=states.device, requires_grad=True)
+        return states
+
     # --- one forward -------------------------------------------------------------------------------------------
 
     def _read(
@@ -260,7 +277,7 @@ class SegmentReadingMixin:
 
         Returns:
             the hidden states its head is given, `[B, W, d_h]`; logits of the last `num_logits` positions (`None` for
-            0); hidden states.
+            0), or those hidden states without `reading.apply_head`; hidden states.
         """
         lengths = reading.mask.sum(dim=1, keepdim=True)
         positions = (lengths + valid.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -272,6 +289,9 @@ class SegmentReadingMixin:
             inputs["use_cache"] = keep_cache or reading.cache is not None
         if output_hidden_states:
             inputs["output_hidden_states"] = True
+        embeds = self._wait_to_read(Call.DECODE, embeds)
+        # A head that the backward pass reaches in one process's call has to be reached in all of them.
+        through_head = self.lockstep is not None and (not num_logits or not reading.apply_head)
 
         def run(embeds: torch.Tensor, cache: Cache | None):
             arguments = inputs if cache is None else {**inputs, self._cache_name: cache}
@@ -281,13 +301,17 @@ class SegmentReadingMixin:
                 width_in_layer = self._layer_inputs_table.hidden_size_per_layer_input
                 arguments = {**arguments, "per_layer_inputs": layer_inputs.unflatten(-1, (-1, width_in_layer))}
                 embeds = embeds[..., :width]
-            with self._head_inputs(num_logits) as head_inputs:
+            with self._head_inputs(num_logits if reading.apply_head else 0) as head_inputs:
                 # Some models scale what they are given in place.
                 outputs = self.language_model(inputs_embeds=embeds.clone(), return_dict=True, **arguments)
             if keep_cache and isinstance(made := outputs.get(self._cache_name), Cache):
                 reading.cache = made
-            logits = outputs.logits[:, outputs.logits.shape[1] - num_logits :] if num_logits else None
-            return head_inputs[0], logits, outputs.hidden_states if output_hidden_states else None
+            hidden = head_inputs[0]
+            if through_head:
+                hidden = hidden + outputs.logits.sum().to(hidden)  # a sum over no columns
+            scores = outputs.logits if reading.apply_head else hidden
+            logits = scores[:, scores.shape[1] - num_logits :] if num_logits else None
+            return hidden, logits, outputs.hidden_states if output_hidden_states else None
 
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not output_hidden_states:
             return self._checkpointed(run, reading, embeds)
@@ -343,6 +367,7 @@ class SegmentReadingMixin:
         num_logits: list[int] | None = None,
         output_hidden_states: bool = False,
         return_weights: bool = False,
+        apply_head: bool = True,
     ) -> Reading:
         """
         Reads a batch segment by segment: prefix, request, interaction, and on to the next.
@@ -353,6 +378,7 @@ class SegmentReadingMixin:
             past_key_values (`Cache`, *optional*): columns `[0, laid_out.start)`, read before.
             num_logits (list of `int`, *optional*): for each segment, how many of its last columns need logits; without
                 it the sweep stops at the last request.
+            apply_head (`bool`): `False` gathers what the head is given in place of logits.
 
         Raises:
             ValueError: `past_key_values` is of no use to this language model, or to rows of unlike lengths.
@@ -370,7 +396,7 @@ class SegmentReadingMixin:
         elif cache is None:
             cache = self._empty_cache()
         mask = laid_out.attention_mask[:, : laid_out.start].bool()
-        reading = Reading(cache, mask, laid_out.embeds, [], [], [])
+        reading = Reading(cache, mask, laid_out.embeds, [], [], [], apply_head)
         padded = not (plan.contiguous and bool(laid_out.attention_mask.all()))
         apart = padded and not self.reads_padding
         if cache is not None and is_foreign(cache):
@@ -515,7 +541,7 @@ class SegmentReadingMixin:
         if cache is not None:
             cache = select_rows(cache, rows, length) if length else self._empty_cache()
         mask = torch.ones(len(rows), length, dtype=torch.bool, device=rows.device)
-        part = Reading(cache, mask, embeds, [], [], [])
+        part = Reading(cache, mask, embeds, [], [], [], whole.apply_head)
         own = WantedOutputs(num_logits, wanted.hidden_states, wanted.weights)
         self._sweep_rows(part, part_laid_out, SegmentPlan([segments[step] for step in taken], contiguous=True), own)
         if num_logits is not None:

@@ -69,6 +69,10 @@ class ImageFeatures:
             lambda tensor: tensor.to(*args, **kwargs) if tensor.is_floating_point() else tensor.to(device)
         )
 
+    def pin_memory(self) -> "ImageFeatures":
+        """The features in page-locked memory, for data loaders."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
     @staticmethod
     def join(parts: Sequence["ImageFeatures"]) -> "ImageFeatures":
         """The images of all parts, in their order, as one; where numbers of patches differ the shorter are padded."""

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFea
 from transformers.image_utils import ImageInput, is_valid_image, load_image
 from transformers.utils import is_torchvision_available
 
+from .answers import encode_conversation
 from .chat_templates import build_chat_template
 from .open_clip_image_processing import is_open_clip, open_clip_image_processor
 
@@ -278,6 +279,80 @@ class LMEyeProcessor(ProcessorMixin):
             batch["image_features"] = image_features
         return batch
 
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        """
+        As of every processor; besides, `return_assistant_tokens_mask` is exact whatever the template: no
+        `{% generation %}` has to mark the answers, and every answer's end of turn is one of its tokens.
+
+        With it rows are what a model is trained on: answers without blanks around them, with the special tokens that
+        the model reads a prompt with (whatever `add_special_tokens`), and closed by the tokenizer's eos where the
+        template has no end of turn. `truncation` with `max_length` cuts at the end, never a slot.
+
+        Args:
+            conversation: messages, or a list of conversations.
+            chat_template (`str`, *optional*): in place of the processor's own.
+            tokenize (`bool`): whether to return what the model takes, rather than text.
+            return_dict (`bool`): whether to return all of it, rather than `input_ids` alone.
+            return_assistant_tokens_mask (`bool`): with both, adds `assistant_masks` `[batch, seq]`: 1 at an
+                assistant's tokens.
+            processor_kwargs, kwargs: as of every processor.
+
+        Raises:
+            ValueError: as [`encode_conversation`], and where `truncation` would cut a slot; the message names the
+                conversation's place in the batch.
+        """
+        if tokenize and not isinstance(conversation[0], (list, tuple)):
+            conversation = [conversation]  # what is returned is a batch, as of every processor
+        if not (tokenize and return_dict and return_assistant_tokens_mask):
+            return super().apply_chat_template(
+                conversation,
+                chat_template,
+                tokenize=tokenize,
+                return_dict=return_dict,
+                processor_kwargs=processor_kwargs,
+                **kwargs,
+            )
+        if self.is_encoder_decoder:
+            raise ValueError(
+                "An encoder-decoder's answers are its decoder's labels, not tokens of the conversation: make batches "
+                "with ConversationCollator."
+            )
+        if kwargs.pop("add_generation_prompt", False) or kwargs.pop("continue_final_message", False):
+            raise ValueError(
+                "return_assistant_tokens_mask is for finished conversations: leave add_generation_prompt and "
+                "continue_final_message out."
+            )
+        limits = dict(processor_kwargs or {})
+        max_length = limits.pop("max_length", None) if limits.pop("truncation", False) else None
+        padding = [limits.pop(name, None) for name in ("padding_side", "pad_to_multiple_of")]
+        batch = super().apply_chat_template(
+            conversation, chat_template, tokenize=True, return_dict=True, processor_kwargs=limits, **kwargs
+        )
+        tensor_type = kwargs.pop("return_tensors", "auto")
+        rows = []
+        for index, messages in enumerate(conversation):
+            try:
+                rows.append(encode_conversation(self, messages, max_length, chat_template=chat_template, **kwargs))
+            except ValueError as error:
+                raise ValueError(f"Conversation {index}: {error}") from error
+        padded = self._pad([ids for ids, _ in rows], limits.get("padding", True), None, *padding)
+        masks = []
+        for attended, (_, is_answer) in zip(padded["attention_mask"], rows, strict=True):
+            marks = iter(is_answer)
+            masks.append([int(next(marks)) if word else 0 for word in attended])
+        padded["assistant_masks"] = masks
+        return BatchFeature({**batch, **BatchFeature(padded, None if tensor_type == "auto" else tensor_type)})
+
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
@@ -474,8 +549,8 @@ def _num_patches(vision_model_name_or_path: str, **hub_kwargs: Any) -> int:
         sizes = tuple(getattr(config, name, None) for name in ("image_size", "patch_size"))
     if not all(isinstance(size, int) for size in sizes):
         raise ValueError(
-            f'visual_mapping="patch" takes a slot for each patch, and the configuration of {vision_model_name_or_path} '
-            "does not say how many there are: give num_static_tokens=model.config.num_static_tokens."
+            f'visual_mapping="patch" takes a slot for each patch, and {vision_model_name_or_path} does not say in its '
+            "configuration how many it has: give num_static_tokens=model.config.num_static_tokens."
         )
     return (sizes[0] // sizes[1]) ** 2
 

@@ -1,6 +1,12 @@
 """The two training stages of the paper on the Transformers `Trainer`."""
 
-from .arguments import ConversationDataArguments, ModelArguments, PairDataArguments, StageTrainingArguments
+from .arguments import (
+    ConversationDataArguments,
+    ModelArguments,
+    PairDataArguments,
+    StageTrainingArguments,
+    StageTwoArguments,
+)
 from .collators import ConversationCollator, PairCollator
 from .requests import collect_requests, standardize_requests
 from .stages import load_model, train_and_save
@@ -16,6 +22,7 @@ __all__ = [
     "PairCollator",
     "PairDataArguments",
     "StageTrainingArguments",
+    "StageTwoArguments",
     "collect_requests",
     "load_model",
     "standardize_requests",

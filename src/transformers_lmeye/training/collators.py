@@ -1,18 +1,24 @@
 """Samples to batches with labels: what is a target in either stage."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 
-from ..processing.processing_lmeye import SLOT_TOKENS, LMEyeProcessor
+from ..data.samples import BadSample
+from ..modeling.towers import ImageFeatures
+from ..processing.answers import UnusableSample, encode_conversation, with_plain_answer
+from ..processing.processing_lmeye import LMEyeProcessor
 
 
 IGNORED = -100
 """The label of a token that is no target."""
+
+Row = dict[str, Any]
+"""One row of a batch: `input_ids` and `labels` `[seq]`, and what the vision tower or the network is given."""
+
+_SILENT = "it has no target token: none of its assistant turns says anything. Leave the row out."
 
 
 @dataclass
@@ -24,52 +30,73 @@ class PairCollator:
     The caption is tokenized as words throughout: `<img>` or `</s>` written in it are no slot and no end. A caption
     that is cut at `max_length` has no end of text, so that nothing teaches to stop there.
 
+    A sample without a picture is its caption alone, begun as the tokenizer begins texts.
+
     Args:
         processor: the model's.
         max_length: longest sample in tokens, the slots included.
+        skip_bad_samples: whether a sample that cannot be used is left out of its batch and named there, in place of
+            an error.
     """
 
     processor: LMEyeProcessor
     max_length: int | None = None
+    skip_bad_samples: bool = False
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[dict[str, Any] | BadSample]) -> dict[str, Any]:
         """
         Args:
-            samples: `{"id", "image", "caption"}`, as `PairDataset` gives them.
+            samples: `{"id", "image", "caption"}`, as `PairReader` reads them; an image is a picture, the
+                `ImageFeatures` of one, or `None`.
 
         Returns:
             input_ids, attention_mask, labels int64 `[batch, seq]`, padded on the right; pixel_values float32
-            `[batch, 3, height, width]`.
+            `[images, 3, height, width]`, or image_features, where there are any; bad_samples, a list, where there are
+            any. With nothing left, one row of padding without targets.
 
         Raises:
             ValueError: a caption is empty, or `max_length` leaves no room for one; the message names the sample.
         """
-        return pad_right([self._encode(sample) for sample in samples], self.processor.tokenizer.pad_token_id)
+        return _collate(samples, self.encode, self.processor, self.skip_bad_samples)
 
-    def _encode(self, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
-        inputs = self.processor(images=sample["image"], text=self.processor.image_token, return_tensors="pt")
-        slots = inputs["input_ids"][0].tolist()
+    def encode(self, sample: dict[str, Any]) -> list[Row]:
+        """The row of one sample. Raises `UnusableSample`."""
+        processor, tokenizer = self.processor, self.processor.tokenizer
         caption = sample["caption"].strip()
-        if self.processor.is_encoder_decoder:
-            return _encoder_decoder_row(self.processor, f"Sample {sample['id']}", inputs, caption, self.max_length)
+        if sample["image"] is None:
+            if processor.is_encoder_decoder:
+                raise UnusableSample(
+                    "it has no picture, and an encoder-decoder then has nothing to read before the caption: give it a "
+                    "picture, or leave the row out.",
+                    "no target",
+                )
+            inputs, before = {}, processor.words_tokenizer("")["input_ids"][:1]
+            before = before if before == [tokenizer.bos_token_id] else []
+        else:
+            inputs = _encode_prompt(processor, processor.image_token, [sample["image"]])
+            if processor.is_encoder_decoder:
+                return [_encoder_decoder_row(processor, inputs, caption, self.max_length)]
+            before = inputs["input_ids"][0].tolist()
         targets = tokenizer(caption, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if not targets:
-            raise ValueError(f"Sample {sample['id']} has no target token: its caption is empty. Leave the row out.")
+            raise UnusableSample("it has no target token: its caption is empty. Leave the row out.", "no target")
         if tokenizer.eos_token_id is not None:
             targets = [*targets, tokenizer.eos_token_id]
         if self.max_length is not None:
-            targets = targets[: max(self.max_length - len(slots), 0)]
+            targets = targets[: max(self.max_length - len(before), 0)]
             if not targets:
-                raise ValueError(
-                    f"Sample {sample['id']} has no target token: max_length={self.max_length} leaves no room behind "
-                    f"the {len(slots)} tokens of the image. Raise max_length."
+                raise UnusableSample(
+                    f"it has no target token: max_length={self.max_length} leaves no room behind the {len(before)} "
+                    "tokens of the image. Raise max_length.",
+                    "too long",
                 )
-        return {
-            "input_ids": torch.tensor(slots + targets),
-            "labels": torch.tensor([IGNORED] * len(slots) + targets),
-            **_vision_inputs(inputs),
-        }
+        return [
+            {
+                "input_ids": torch.tensor(before + targets),
+                "labels": torch.tensor([IGNORED] * len(before) + targets),
+                **_vision_inputs(inputs),
+            }
+        ]
 
 
 @dataclass
@@ -86,72 +113,57 @@ class ConversationCollator:
     Args:
         processor: the model's.
         max_length: longest sample in tokens; a longer one is cut at its end.
+        skip_bad_samples: whether a sample that cannot be used is left out of its batch and named there, in place of
+            an error.
     """
 
     processor: LMEyeProcessor
     max_length: int | None = None
+    skip_bad_samples: bool = False
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[dict[str, Any] | BadSample]) -> dict[str, Any]:
         """
         Args:
-            samples: `{"id", "messages"}`, as `ConversationDataset` gives them.
+            samples: `{"id", "messages"}`, as `ConversationReader` reads them; an image part's image is a picture or
+                the `ImageFeatures` of one.
 
         Returns:
             input_ids, attention_mask, labels int64 `[batch, seq]`, padded on the right; pixel_values float32
-            `[images of all samples, 3, height, width]` where there are any.
+            `[images of all samples, 3, height, width]`, or image_features, where there are any; bad_samples, a list,
+            where there are any. With nothing left, one row of padding without targets.
 
         Raises:
             ValueError: no answer has a token; cutting at `max_length` would cut a slot or every target; the chat
                 template hides an answer. The message names the sample.
         """
-        rows = []
-        for sample in samples:
-            try:
-                if self.processor.is_encoder_decoder:
-                    rows += self._encode_answers(sample["messages"])
-                else:
-                    rows.append(self._encode(sample["messages"]))
-            except ValueError as error:
-                raise ValueError(f"Sample {sample['id']}: {error}") from error
-        return pad_right(rows, self.processor.tokenizer.pad_token_id)
+        return _collate(samples, self.encode, self.processor, self.skip_bad_samples)
 
-    def _encode(self, messages: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
-        text, spans, open_end = self._render(messages)
-        if images:
-            text, spans = self._multiply_slots(text, spans)
-        tokenizer = self.processor.tokenizer if images else self.processor.words_tokenizer
-        bos = tokenizer.bos_token
-        special = not images and not (bos is not None and text.startswith(bos))
-        inputs = self.processor(images=images or None, text=text, add_special_tokens=special, return_tensors="pt")
-        ids = inputs["input_ids"][0].tolist()
-        encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-        inserted = len(ids) - len(encoding["input_ids"])  # a bos, with add_bos
-        is_target = [False] * inserted + [
-            any(_overlap(offsets, span) for span in spans) for offsets in encoding["offset_mapping"]
-        ]
-        if open_end and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-            is_target.append(True)
-        if self.max_length is not None and len(ids) > self.max_length:
-            slots = set(self.processor.slot_token_ids)
-            if images and not slots.isdisjoint(ids[self.max_length :]):
-                raise ValueError(
-                    f"it is {len(ids)} tokens long, and cutting it at max_length={self.max_length} would cut a slot. "
-                    "Raise max_length, or give the conversation fewer turns."
-                )
-            ids, is_target = ids[: self.max_length], is_target[: self.max_length]
+    def encode(self, sample: dict[str, Any]) -> list[Row]:
+        """The row of one sample; for an encoder-decoder a row per answer. Raises `UnusableSample`."""
+        if self.processor.is_encoder_decoder:
+            return self._encode_answers(sample["messages"])
+        return [self._encode(sample["messages"])]
+
+    def _encode(self, messages: list[dict[str, Any]]) -> Row:
+        ids, is_target = encode_conversation(self.processor, messages, self.max_length)
         if not any(is_target):
-            reason = "none of its assistant turns says anything. Leave the row out."
-            if spans:
-                reason = f"max_length={self.max_length} cuts its answers off. Raise max_length."
-            raise ValueError(f"it has no target token: {reason}")
+            if any(with_plain_answer(m)["content"][0]["text"] for m in messages if m["role"] == "assistant"):
+                raise UnusableSample(
+                    f"it has no target token: max_length={self.max_length} cuts its answers off. Raise max_length.",
+                    "too long",
+                )
+            raise UnusableSample(_SILENT, "no target")
         labels = [token if target else IGNORED for token, target in zip(ids, is_target, strict=True)]
-        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), **_vision_inputs(inputs)}
+        images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+        return {
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+            **_encode_images(self.processor, images),
+        }
 
-    def _encode_answers(self, messages: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+    def _encode_answers(self, messages: list[dict[str, Any]]) -> list[Row]:
         """A row for each answer of a conversation, for an encoder-decoder."""
-        messages = [_with_plain_answer(message) for message in messages]
+        messages = [with_plain_answer(message) for message in messages]
         rows = []
         for turn, message in enumerate(messages):
             answer = message["content"][0]["text"] if message["role"] == "assistant" else ""
@@ -160,103 +172,91 @@ class ConversationCollator:
             before = messages[:turn]
             images = [part["image"] for earlier in before for part in earlier["content"] if part["type"] == "image"]
             prompt = self.processor.apply_chat_template(before, add_generation_prompt=True)
-            inputs = self.processor(images=images or None, text=prompt, return_tensors="pt")
-            rows.append(_encoder_decoder_row(self.processor, f"its turn {turn}", inputs, answer, self.max_length))
+            inputs = _encode_prompt(self.processor, prompt, images)
+            rows.append(_encoder_decoder_row(self.processor, inputs, answer, self.max_length, f"turn {turn} of it"))
         if not rows:
-            raise ValueError("it has no target token: none of its assistant turns says anything. Leave the row out.")
+            raise UnusableSample(_SILENT, "no target")
         return rows
 
-    @cached_property
-    def _end_of_turn(self) -> re.Pattern:
-        """A special token behind an answer, blanks before it allowed."""
-        special = {token.content for token in self.processor.tokenizer.added_tokens_decoder.values() if token.special}
-        longest_first = sorted(special - set(SLOT_TOKENS), key=len, reverse=True)
-        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, longest_first))})")
 
-    def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]], bool]:
-        """The conversation as text, each slot written once; the characters that are targets, one span per answer; and
-        whether it ends with an answer that no end-of-turn token closes."""
-        messages = [_with_plain_answer(message) for message in messages]
+def _collate(
+    samples: Sequence[dict[str, Any] | BadSample],
+    encode: Callable[[dict[str, Any]], list[Row]],
+    processor: LMEyeProcessor,
+    skip_bad_samples: bool,
+) -> dict[str, Any]:
+    """The rows of all samples as one batch, and what cannot be used under `bad_samples`."""
+    rows: list[Row] = []
+    bad_samples: list[BadSample] = []
+    for sample in samples:
+        if isinstance(sample, BadSample):
+            bad_samples.append(sample)
+            continue
+        try:
+            rows += encode(sample)
+        except ValueError as error:
+            if not skip_bad_samples:
+                raise ValueError(f"Sample {sample['id']}: {error}") from error
+            bad_samples.append(BadSample.from_error(sample["id"], error))
+    pad_token_id = processor.tokenizer.pad_token_id
+    if not rows:
+        rows = [{"input_ids": torch.tensor([pad_token_id or 0]), "labels": torch.tensor([IGNORED])}]
+    batch: dict[str, Any] = pad_right(rows, pad_token_id)
+    if bad_samples:
+        batch["bad_samples"] = bad_samples
+    return batch
 
-        def render(count: int, prompt: bool = False) -> str:
-            return self.processor.apply_chat_template(messages[:count], add_generation_prompt=prompt) if count else ""
 
-        text = render(len(messages))
-        spans = []
-        for turn, message in enumerate(messages):
-            answer = message["content"][0]["text"] if message["role"] == "assistant" else ""
-            if not answer:
-                continue
-            prompt = render(turn, prompt=True)
-            follows_prompt = text.startswith(prompt)
-            before = prompt if follows_prompt else render(turn)
-            place = text.find(answer, len(before))
-            if not text.startswith(before) or place < 0:
-                raise ValueError(
-                    f"the chat template does not show assistant turn {turn} as it is written, so its tokens cannot be "
-                    "told from others. Choose another template (processor.chat_template)."
-                )
-            # What a template puts between its prompt and the answer (an empty thought, say) is for the model to say.
-            start = len(prompt) if follows_prompt else place
-            end = place + len(answer)
-            marker = self._end_of_turn.match(text, end)
-            spans.append((start, marker.end() if marker else end))
-            if marker is None and not text[end:].strip():
-                return text[:end], spans, True
-        return text, spans, False
+def _encode_images(processor: LMEyeProcessor, images: Sequence[Any]) -> dict[str, Any]:
+    """What the model is given of pictures, or of the features of pictures."""
+    if not images:
+        return {}
+    if isinstance(images[0], ImageFeatures):
+        return {"image_features": ImageFeatures.join(images)}
+    return dict(processor.image_processor(list(images), return_tensors="pt"))
 
-    def _multiply_slots(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
-        """The text with each slot of its prompts written as often as the model has tokens for it, and its spans."""
-        multiplied, moved, position = "", [], 0
-        for start, end in [*spans, (len(text), len(text))]:
-            multiplied += self.processor.multiply_slots(text[position:start])
-            moved.append((len(multiplied), len(multiplied) + end - start))
-            multiplied += text[start:end]
-            position = end
-        return multiplied, moved[:-1]
+
+def _encode_prompt(processor: LMEyeProcessor, text: str, images: Sequence[Any]) -> Mapping[str, Any]:
+    """What `processor` makes of a text and its pictures, or the features of these."""
+    if images and isinstance(images[0], ImageFeatures):
+        return processor(text=text, image_features=ImageFeatures.join(images), return_tensors="pt")
+    return processor(text=text, images=list(images) or None, return_tensors="pt")
 
 
 def _encoder_decoder_row(
-    processor: LMEyeProcessor, name: str, inputs: Mapping[str, torch.Tensor], answer: str, max_length: int | None
-) -> dict[str, torch.Tensor]:
+    processor: LMEyeProcessor,
+    inputs: Mapping[str, torch.Tensor],
+    answer: str,
+    max_length: int | None,
+    name: str = "it",
+) -> Row:
     """One row of an encoder-decoder: what `inputs` says, and the answer's tokens as labels, cut at `max_length`."""
     ids = inputs["input_ids"][0]
     if max_length is not None and len(ids) > max_length:
-        raise ValueError(
+        raise UnusableSample(
             f"{name} is {len(ids)} tokens long before its answer, longer than max_length={max_length}: raise "
-            "max_length, or shorten it."
+            "max_length, or shorten it.",
+            "too long",
         )
     # As words throughout: a slot's name or an end of text written in an answer is neither.
     targets = processor.words_tokenizer(text_target=answer, split_special_tokens=True)["input_ids"]
     if not answer or not targets:
-        raise ValueError(f"{name} has no target token: there is nothing to say. Leave the row out.")
+        raise UnusableSample(f"{name} has no target token: there is nothing to say. Leave the row out.", "no target")
     return {"input_ids": ids, "labels": torch.tensor(targets[:max_length]), **_vision_inputs(inputs)}
 
 
-def _vision_inputs(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What of a processor's output is for the vision tower."""
+def _vision_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a processor's output is for the vision tower, or comes from it."""
     return {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
 
 
-def _with_plain_answer(message: dict[str, Any]) -> dict[str, Any]:
-    """An assistant's text parts joined to one without outer blanks, as templates show it."""
-    if message["role"] != "assistant":
-        return message
-    text = "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
-    return {**message, "content": [{"type": "text", "text": text}]}
-
-
-def _overlap(offsets: tuple[int, int], span: tuple[int, int]) -> bool:
-    return offsets[0] < span[1] and offsets[1] > span[0]
-
-
-def pad_right(rows: Sequence[dict[str, torch.Tensor]], pad_token_id: int | None) -> dict[str, torch.Tensor]:
+def pad_right(rows: Sequence[Row], pad_token_id: int | None) -> dict[str, Any]:
     """
     Rows as one batch.
 
     Args:
         rows: `input_ids` and `labels` `[seq]` each (of two lengths where labels are a decoder's), with or without
-            `pixel_values` `[images, 3, H, W]` and what else the vision tower takes.
+            `pixel_values` `[images, 3, H, W]` and what else the vision tower takes, or `image_features`.
         pad_token_id: fills `input_ids`.
 
     Returns:
@@ -276,7 +276,8 @@ def pad_right(rows: Sequence[dict[str, torch.Tensor]], pad_token_id: int | None)
         "labels": padded("labels", IGNORED),
     }
     for name in dict.fromkeys(name for row in rows for name in row if name not in ("input_ids", "labels")):
-        batch[name] = torch.cat([row[name] for row in rows if name in row])
+        parts = [row[name] for row in rows if name in row]
+        batch[name] = ImageFeatures.join(parts) if name == "image_features" else torch.cat(parts)
     return batch
 
 

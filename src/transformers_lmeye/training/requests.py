@@ -1,6 +1,7 @@
 """A start for stage 2: requests that can be told apart."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,18 +13,18 @@ from ..modeling.modeling_lmeye import LMEyeForConditionalGeneration
 
 def collect_requests(
     model: LMEyeForConditionalGeneration,
-    collator: Callable[[list[Any]], dict[str, torch.Tensor]],
-    dataset: Sequence[Any],
+    collator: Callable[[list[Any]], dict[str, Any]],
+    dataset: Iterable[Any],
     num_samples: int,
     batch_size: int = 32,
 ) -> torch.Tensor:
     """The requests `[R, d_h]` that `model` asks in the first `num_samples` samples; those without images ask none."""
     requests = []
-    for start in range(0, min(num_samples, len(dataset)), batch_size):
-        stop = min(start + batch_size, num_samples, len(dataset))
-        batch = collator([dataset[index] for index in range(start, stop)])
-        if "pixel_values" in batch:
-            perception = model.perceive(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+    for samples in _batched(islice(dataset, num_samples), batch_size):
+        batch = collator(samples)
+        batch.pop("bad_samples", None)
+        if "pixel_values" in batch or "image_features" in batch:
+            perception = model.perceive(**{name: value.to(model.device) for name, value in batch.items()})
             requests += [] if perception.requests is None else [perception.requests]
     return torch.cat(requests) if requests else torch.empty(0)
 
@@ -60,6 +61,12 @@ def standardize_requests(ipn: InteractivePerceptionNetwork, requests: torch.Tens
         deviation = requests.std(0).clamp(min=1e-6)
         projection.weight.div_(deviation)
         projection.bias.sub_(projection.weight @ requests.mean(0))
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 __all__ = ["collect_requests", "standardize_requests"]

@@ -1,9 +1,11 @@
 """What both stage scripts do around their own data: load a model, train it, leave everything in `output_dir`."""
 
-from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
+from pathlib import Path
 
+from transformers import set_seed
+from transformers.utils import PROCESSOR_NAME, logging
+
+from ..modeling.configuration_lmeye import LMEyeConfig
 from ..modeling.modeling_lmeye import LMEyeForConditionalGeneration
 from ..processing.processing_lmeye import LMEyeProcessor
 from .arguments import ModelArguments
@@ -16,35 +18,50 @@ logger = logging.get_logger(__name__)
 def load_model(arguments: ModelArguments, seed: int = 42) -> tuple[LMEyeForConditionalGeneration, LMEyeProcessor]:
     """The model to train and its processor: a checkpoint's, or a new IPN between two backbones.
 
+    A checkpoint's folder without a processor gets that of its backbones.
+
     Args:
         arguments: which.
         seed: of a new IPN's random weights.
+
+    Raises:
+        ValueError: a checkpoint of unknown backbones has no processor.
     """
-    options = {"dtype": arguments.dtype}
-    if arguments.attn_implementation is not None:
-        options["attn_implementation"] = arguments.attn_implementation
+    options = arguments.loading_options()
     set_seed(seed)
     if arguments.model_name_or_path is not None:
         model = LMEyeForConditionalGeneration.from_pretrained(
             arguments.model_name_or_path, backbone_trust_remote_code=arguments.trust_remote_code, **options
         )
-        return model, LMEyeProcessor.from_pretrained(arguments.model_name_or_path)
+        folder = Path(arguments.model_name_or_path)
+        if not folder.is_dir() or (folder / PROCESSOR_NAME).is_file():
+            return model, LMEyeProcessor.from_pretrained(arguments.model_name_or_path)
+        sources = model.config.backbones
+        if sources is None:
+            raise ValueError(f"{folder} holds no processor: save it there with processor.save_pretrained.")
+        backbones = tuple(sources[role]["name_or_path"] for role in ("vision", "language"))
+        return model, _processor_for(model.config, backbones, arguments)
     backbones = (arguments.vision_model_name_or_path, arguments.language_model_name_or_path)
     options["trust_remote_code"] = arguments.trust_remote_code
     fields = arguments.config_fields()
     model = LMEyeForConditionalGeneration.from_vision_language_pretrained(
         *backbones, clip_text_model_name_or_path=arguments.clip_text_model_name_or_path, **fields, **options
     )
-    processor = LMEyeProcessor.from_vision_language_pretrained(
+    return model, _processor_for(model.config, backbones, arguments)
+
+
+def _processor_for(config: LMEyeConfig, backbones: tuple[str, str], arguments: ModelArguments) -> LMEyeProcessor:
+    """The processor that places as many slots as a model of `config` has tokens."""
+    return LMEyeProcessor.from_vision_language_pretrained(
         *backbones,
-        num_static_tokens=model.config.num_static_tokens,
-        num_dynamic_tokens=model.config.num_dynamic_tokens,
-        num_request_rounds=model.config.num_request_rounds,
-        keep_request_token=model.config.keep_request_token,
-        interaction=model.config.interaction,
+        num_static_tokens=config.num_static_tokens,
+        num_dynamic_tokens=config.num_dynamic_tokens,
+        num_request_rounds=config.num_request_rounds,
+        keep_request_token=config.keep_request_token,
+        interaction=config.interaction,
         add_bos=arguments.add_bos,
+        trust_remote_code=arguments.trust_remote_code,
     )
-    return model, processor
 
 
 def train_and_save(trainer: LMEyeTrainer) -> dict[str, float]:
@@ -59,12 +76,7 @@ def train_and_save(trainer: LMEyeTrainer) -> dict[str, float]:
     Raises:
         ValueError: `--resume_from_checkpoint last` and there is no checkpoint.
     """
-    checkpoint = trainer.args.resume_from_checkpoint
-    if checkpoint == "last":
-        checkpoint = get_last_checkpoint(trainer.args.output_dir)
-        if checkpoint is None:
-            raise ValueError(f"There is no checkpoint in {trainer.args.output_dir} to resume from.")
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", metrics)
