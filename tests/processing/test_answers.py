@@ -148,7 +148,7 @@ def test_what_it_cannot_do_is_refused(make, folders):
         make(HIDING_TEMPLATE).apply_chat_template([_chat("what?"), _chat("what?", "yes")], **OPTIONS)
     with pytest.raises(ValueError, match="for finished conversations"):
         make().apply_chat_template(TWO_TURNS, add_generation_prompt=True, **OPTIONS)
-    with pytest.raises(ValueError, match="its decoder's labels.*ConversationCollator"):
+    with pytest.raises(ValueError, match=r"its decoder's labels.*ConversationCollator"):
         reads_with_an_encoder = (str(folders.vision()), str(folders.language("t5")))
         LMEyeProcessor.from_vision_language_pretrained(*reads_with_an_encoder).apply_chat_template(
             TWO_TURNS, **OPTIONS

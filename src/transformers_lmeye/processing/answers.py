@@ -12,7 +12,7 @@ class UnusableSample(ValueError):
             template hides an answer) or `"slots"` (pictures and `<img>` slots differ in number).
     """
 
-    def __init__(self, message: str, kind: str):
+    def __init__(self, message: str, kind: str = "unusable"):
         super().__init__(message, kind)
         self.kind = kind
 

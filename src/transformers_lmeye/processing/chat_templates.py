@@ -32,8 +32,8 @@ DIALOGUE_TURN = r"""
     {{- text ~ ('\n' ~ REQUEST if state.images and REQUEST else '') ~ '\nAssistant:' -}}
 """
 
-# Turns content parts into words and slots, and leaves the words to the language model's own template. TRL looks for the
-# tag that the comment names before it asks for the assistant's tokens.
+# Turns content parts into words and slots, and leaves the words to the language model's own template. TRL looks for
+# the tag that the comment names before it asks for the assistant's tokens.
 CONTENT_PARTS = r"""
 {#- The processor finds the assistant's tokens itself: no {% generation %} has to mark them. -#}
 {%- set eyes = namespace(messages=[], images=0) -%}
