@@ -5,8 +5,8 @@
 
 FLOPs are counted, not estimated: a training step of the real model at true width, with one and with two layers in the
 language model and in the vision tower, under PyTorch's counter; layers are alike, so the rest is a straight line. GPU
-hours are FLOPs through a GPU's peak rate and a utilization you can set. The default models take half an hour and 12 GB
-on two cores; weights are random and nothing is fetched.
+hours are FLOPs through a GPU's peak rate and a utilization you can set. The default models take minutes and 5 GB of
+memory on one core; weights are random and nothing is fetched.
 """
 
 import copy

@@ -229,7 +229,6 @@ class _Facts(Dataset):
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> SampleFacts:
-        self.notes.take()
         sample = self.samples[self.chosen[index]]
         return look_at(sample, self.notes.take(), self.collator)
 
@@ -246,7 +245,6 @@ class _StreamedFacts(IterableDataset):
         self.samples, self.notes, self.collator = samples, notes, collator
 
     def __iter__(self) -> Iterator[SampleFacts]:
-        self.notes.take()
         for sample in self.samples:
             yield look_at(sample, self.notes.take(), self.collator)
 

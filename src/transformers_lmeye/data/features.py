@@ -233,9 +233,6 @@ class FeatureCache:
         """How many pictures there are."""
         return self.description["num_pictures"]
 
-    def __contains__(self, value: Any) -> bool:
-        return find_key(self._index, picture_key(value, root=self.root)) is not None
-
     def __call__(self, value: Any, image_folder: str | Path | None = None) -> ImageFeatures:
         """
         Reads the features of one picture.
