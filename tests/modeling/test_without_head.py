@@ -82,6 +82,20 @@ def test_the_head_is_left_to_others(build, layouts):
     assert model(**inputs).last_hidden_state is None
 
 
+def test_slots_are_never_trls_targets(build, fused):
+    """TRL takes every token for a target where nothing else is asked for; slots' ids are no words of the head."""
+    model = build("llama", "cross_attention")
+    inputs = inputs_of(model, LAYOUTS)
+    ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    words = ids.masked_fill(ids >= tiny.TABLE_ROWS, -100)
+    assert (words != ids).any()
+    with torch.no_grad():
+        found = fused(model)(**{**inputs, "labels": ids}, fused_lm_head=True)
+        expected = model(**{**inputs, "labels": words}).loss
+    torch.testing.assert_close(found.loss, expected, atol=1e-5, rtol=0)
+    assert torch.equal(found.label_mask, words[:, 1:] != -100)
+
+
 def test_checkpointed_segments(build, fused):
     model = build("llama", "cross_attention")
     model.freeze_for_stage("instruct")

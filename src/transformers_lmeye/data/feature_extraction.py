@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -410,6 +411,11 @@ def extract_features(
             column of pictures; features are not finite in the dtype.
     """
     state = PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise RuntimeError(
+            f"{os.environ['WORLD_SIZE']} processes were launched and {state.num_processes} work together: a "
+            "PartialState or Accelerator was made before with other arguments. Make none before extract_features."
+        )
     folder = Path(folder)
     for source in sources:
         source.check_columns()

@@ -136,6 +136,8 @@ class LMEyeForConditionalGeneration(
         self.freeze_backbones()
         self.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
         self.post_init()
+        # TRL's trainers put a forward of their own on the model, which scores labels that the model's never sees.
+        self.register_forward_pre_hook(_mask_slots, with_kwargs=True)
         # Backbones name layers of parts that are not here; accelerate looks for each of them.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
         self.train(False)
@@ -735,6 +737,16 @@ class LMEyeForConditionalGeneration(
                 grid = _grid_of(attention.shape[-1], image_features)
             perception.attention_maps = attention.unflatten(-1, grid)
         return perception
+
+
+def _mask_slots(
+    model: LMEyeForConditionalGeneration, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Slots are never targets, whoever computes the loss."""
+    labels = kwargs.get("labels")
+    if labels is not None:
+        kwargs = {**kwargs, "labels": labels.masked_fill(model._is_slot(labels), -100)}
+    return args, kwargs
 
 
 class LMEyeWithoutHead:

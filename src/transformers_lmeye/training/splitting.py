@@ -69,6 +69,16 @@ def register_forward_methods(model: nn.Module) -> None:
         register_fsdp_forward_method(model, name)
 
 
+def register_trained_parameters(model: nn.Module) -> None:
+    """Has ZeRO-3 gather what trains of the IPN for the whole forward pass: its vectors are used by no module's own,
+    and a loss that a batch does not reach through them takes them in with a gradient of zero."""
+    from deepspeed.zero import register_external_parameter
+
+    for name, parameter in model.ipn.named_parameters():
+        if parameter.requires_grad or "." not in name:
+            register_external_parameter(model, parameter)
+
+
 def gathered_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     """
     The tensors that a checkpoint holds, whole and on the CPU: the IPN's and those of an adapter of the language model,
@@ -149,5 +159,6 @@ __all__ = [
     "load_optimizer_states",
     "load_split_model",
     "register_forward_methods",
+    "register_trained_parameters",
     "set_up_fsdp",
 ]

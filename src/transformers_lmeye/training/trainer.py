@@ -47,6 +47,7 @@ from .splitting import (
     load_optimizer_states,
     load_split_model,
     register_forward_methods,
+    register_trained_parameters,
     set_up_fsdp,
 )
 
@@ -104,6 +105,8 @@ class LMEyeTrainer(IPNCheckpointMixin, Trainer):
     def _prepare_for_training(self, *args, **kwargs):
         if self.is_fsdp_enabled:
             check_can_be_split(self.model)
+        if self.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
+            register_trained_parameters(self.model)
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled:
             register_forward_methods(self.model)
