@@ -152,6 +152,7 @@ def test_answers_from_cached_features_are_those_from_pictures(build, processor, 
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp_2cpu", "fsdp2_2cpu"])
 def test_answers_of_two_processes_are_those_of_one(build, processor, tmp_path, config):
     processing, samples = processor(), _conversations()

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 
 SCRIPT = Path(__file__).with_name("killed_runs.py")
-ACTS = 300  # of a whole run: four checkpoints and the model at the end
 
 
 def _run(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
@@ -65,8 +64,6 @@ def test_two_kills_each_change_nothing(tmp_path):
     }
     _run(tmp_path, runs)
     for name in ("stream", "map"):
-        acts = int((tmp_path / f"{name}.0.acts").read_text())
-        assert abs(acts - ACTS) < 60, "kills would fall beside the writing"
         _check_same(tmp_path / name, tmp_path / f"{name} killed")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("stream", "map"))
     assert any(not first[name].equal(second[name]) for name in first)
@@ -74,16 +71,18 @@ def test_two_kills_each_change_nothing(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", ["stream", "map", "map with workers"])
-def test_kills_all_over_change_nothing(tmp_path, kind):
-    run = {"stream": STREAM, "map": MAP, "map with workers": {**MAP, "workers": 2}}[kind]
-    runs = {"whole": {**run, "kills": [0]}}
-    for first in range(1, ACTS, 29):
+@pytest.mark.parametrize(
+    ("run", "num_points"), [(STREAM, 9), ({**MAP, "workers": 2}, 4)], ids=["stream", "map with workers"]
+)
+def test_kills_all_over_change_nothing(tmp_path, run, num_points):
+    _run(tmp_path, {"whole": {**run, "kills": [0]}})
+    acts = int((tmp_path / "whole.0.acts").read_text())
+    runs = {}
+    for first in range(1, acts, acts // num_points):
         runs[f"killed at {first}"] = {**run, "kills": [first, 1 + first * 7 % 55, 0]}
     _run(tmp_path, runs)
     for name in runs:
-        if name != "whole":
-            _check_same(tmp_path / "whole", tmp_path / name)
+        _check_same(tmp_path / "whole", tmp_path / name)
 
 
 @pytest.mark.slow

@@ -49,7 +49,8 @@ def load_rows(
         or metadata hold beside.
 
     Raises:
-        ValueError: the split is not there, a local file is not there, no record can be read, or a slice of a stream.
+        ValueError: the split is not there, a local file is not there, no record can be read, a slice without a row,
+            or a slice of a stream.
     """
     path = Path(name_or_path)
     name, bracket, part = split.partition("[")
@@ -70,6 +71,8 @@ def load_rows(
         rows = _of_records(files, f"train{bracket}{part}", streaming)
     else:
         rows = datasets.load_dataset(str(name_or_path), config_name, split=split, streaming=streaming)
+    if bracket and isinstance(rows, datasets.Dataset) and not len(rows):
+        raise ValueError(f"split={split!r} of {name_or_path} holds no row.")
     for column, feature in (rows.features or {}).items():
         undecoded = _undecoded(feature)
         if undecoded != feature:
@@ -138,13 +141,14 @@ def _of_records(files: list[str], split: str, streaming: bool) -> datasets.Datas
     return _slice(rows, part) if bracket else rows
 
 
-def _version(path: str) -> list[tuple[str, int, int]] | tuple[int, int]:
-    """What changes when a file does: what was prepared of it is then prepared anew."""
-    if not os.path.isdir(path):
-        status = os.stat(path)
-        return status.st_mtime_ns, status.st_size
-    times = [(os.stat(folder).st_mtime_ns, len(names)) for folder, _, names in os.walk(path)]
-    return max(time for time, _ in times), sum(number for _, number in times)
+def _version(path: str) -> tuple[int, int]:
+    """What changes when a file does, or a caption of a folder: what was prepared of it is then prepared anew."""
+    paths = [path]
+    if os.path.isdir(path):
+        for folder, _, names in os.walk(path):
+            paths += [folder, *(os.path.join(folder, name) for name in names if name.endswith(".txt"))]
+    status = [os.stat(found) for found in paths if os.path.exists(found)]
+    return sum(found.st_mtime_ns for found in status), sum(found.st_size for found in status)
 
 
 def _features(files: list[str]) -> datasets.Features:
@@ -230,8 +234,10 @@ def _from_disk(path: Path, split: str, streaming: bool) -> datasets.Dataset | da
 
 def _slice(rows: datasets.Dataset, part: str) -> datasets.Dataset:
     """`part` is a slice without its opening bracket, such as `90%:]`."""
-    read = datasets.ReadInstruction.from_spec(f"all[{part}").to_absolute({"all": len(rows)})
-    return rows.select(range(read[0].from_, read[0].to))
+    (read,) = datasets.ReadInstruction.from_spec(f"all[{part}").to_absolute({"all": len(rows)})
+    if read.from_ >= read.to:
+        raise ValueError(f"The slice [{part} of {len(rows)} rows holds none.")
+    return rows.select(range(read.from_, read.to))
 
 
 def _undecoded(feature: Any) -> Any:

@@ -72,11 +72,11 @@ def register_forward_methods(model: nn.Module) -> None:
 def register_trained_parameters(model: nn.Module) -> None:
     """Has ZeRO-3 gather what trains of the IPN for the whole forward pass: its vectors are used by no module's own,
     and a loss that a batch does not reach through them takes them in with a gradient of zero."""
-    from deepspeed.zero import register_external_parameter
+    import deepspeed
 
     for name, parameter in model.ipn.named_parameters():
         if parameter.requires_grad or "." not in name:
-            register_external_parameter(model, parameter)
+            deepspeed.zero.register_external_parameter(model, parameter)
 
 
 def gathered_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
