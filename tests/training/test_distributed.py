@@ -126,7 +126,9 @@ def _same(config: str, train: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         assert found_curve["loss"] == pytest.approx(curve["loss"], abs=1e-5)
         assert found_curve["grad_norm"] == pytest.approx(curve["grad_norm"], rel=1e-4, abs=1e-5)
         for name, tensor in weights.items():
-            torch.testing.assert_close(found_weights[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+            # A key's bias moves all scores alike: its gradient is rounding alone, which AdamW makes whole steps of.
+            if not name.endswith("key.bias") or kwargs.get("optim") == "sgd":
+                torch.testing.assert_close(found_weights[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_ddp_trains_as_one_process_does(train):
