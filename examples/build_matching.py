@@ -31,6 +31,7 @@ from transformers_lmeye.data.matching import (
     matching_rows,
     tfidf_features,
 )
+from transformers_lmeye.data.rows import image_folder_of
 from transformers_lmeye.data.writing import write_rows
 
 
@@ -79,9 +80,7 @@ def main() -> None:
     (args,) = HfArgumentParser(MatchingArguments).parse_args_into_dataclasses()
 
     rows = load_rows(args.dataset_name_or_path, args.dataset_config_name, args.split, streaming=args.streaming)
-    image_folder = args.image_folder
-    if image_folder is None and Path(args.dataset_name_or_path).is_file():
-        image_folder = Path(args.dataset_name_or_path).parent
+    image_folder = args.image_folder or image_folder_of(args.dataset_name_or_path)
     reader = CaptionReader(
         args.image_column, args.caption_column, args.lists, image_folder, args.image_id_column, args.identity
     )

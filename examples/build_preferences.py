@@ -28,6 +28,7 @@ from transformers_lmeye.data.preferences import (
     index_objects,
     preference_rows,
 )
+from transformers_lmeye.data.rows import image_folder_of
 from transformers_lmeye.data.writing import write_rows
 
 
@@ -67,9 +68,7 @@ def main() -> None:
     (args,) = HfArgumentParser(PreferenceArguments).parse_args_into_dataclasses()
 
     rows = load_rows(args.dataset_name_or_path, args.dataset_config_name, args.split)
-    image_folder = args.image_folder
-    if image_folder is None and Path(args.dataset_name_or_path).is_file():
-        image_folder = Path(args.dataset_name_or_path).parent
+    image_folder = args.image_folder or image_folder_of(args.dataset_name_or_path)
     reader = CaptionReader(
         args.image_column, args.caption_column, args.lists, image_folder, args.image_id_column, args.identity
     )

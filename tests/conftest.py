@@ -16,8 +16,6 @@ from reference import EncoderDecoderReference, Reference
 
 torch.set_num_threads(1)  # several workers share the cores
 
-REFERENCE_DATA = Path(__file__).parents[2] / "shared" / "reference"
-
 
 class Folders:
     """Hub-format folders of tiny backbones, written on first use."""
@@ -114,7 +112,7 @@ def reference(folders: Folders) -> Callable[..., Reference]:
 @pytest.fixture(scope="session")
 def stories() -> Path:
     """A real pretrained language model of 260K parameters, kept beside the repository."""
-    folder = REFERENCE_DATA / "stories260k"
+    folder = tiny.REFERENCE_DATA / "stories260k"
     if not folder.exists():
         pytest.skip("the reference model stories260k lies beside the repository only where it is developed")
     return folder

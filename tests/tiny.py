@@ -37,6 +37,9 @@ from transformers import (
 )
 
 
+REFERENCE_DATA = Path(__file__).parents[2] / "shared" / "reference"
+"""Data made by others, which a clone elsewhere lacks."""
+
 VISION_WIDTH, CLIP_TEXT_WIDTH, PROJECTION_WIDTH, TEXT_WIDTH = 32, 40, 24, 48
 IMAGE_SIZE, PATCH_SIZE = 32, 8
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2

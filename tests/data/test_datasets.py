@@ -171,6 +171,15 @@ def test_every_pass_and_seed_has_its_own_order(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("num_shards", "num_parts", "shards_read"), [(6, 3, 2), (6, 4, 3), (5, 4, 5), (16, 4, 4)])
+def test_a_part_reads_as_few_shards_as_will_do(tmp_path, num_shards, num_parts, shards_read):
+    """Were it all of them where they do not divide evenly, 64 workers would read the data 64 times."""
+    stream = _stream(_shards(tmp_path / "rows", [10] * num_shards), num_passes=1)
+    parts = [_captions(stream.part(index, num_parts)) for index in range(num_parts)]
+    assert sorted(itertools.chain(*parts), key=int) == [f"{n}" for n in range(10 * num_shards)]
+    assert [len({int(caption) // 10 for caption in part}) for part in parts] == [shards_read] * num_parts
+
+
 def test_the_buffer_mixes_far(tmp_path):
     """Samples of a row with several captions leave the buffer apart from each other."""
     path = _shards(tmp_path / "rows", [300])

@@ -230,6 +230,37 @@ def test_a_file_that_changed_is_read_anew(folder):
     assert len(load_rows(path)) == 2
 
 
+def test_a_file_that_is_prepared_is_not_read_again(folder, monkeypatch):
+    """Archives of terabytes would be, at every start and by every process."""
+    path = write_lines(folder / "a.jsonl", [*PAIRS, {"caption": None, "n": 1}, {"caption": ["a", "b"], "n": "x"}])
+    first = load_rows(path)
+    monkeypatch.setattr("transformers_lmeye.data.rows._kinds", None)
+    again = load_rows(path)
+    assert again.features == first.features
+    assert list(again) == list(first)
+
+
+def test_a_caption_that_was_edited_is_read_anew(folder):
+    path = folder / "with_texts"
+    path.mkdir()
+    picture(7).save(path / "7.png")
+    (path / "7.txt").write_text("a broken capt")
+    assert load_rows(path)["caption"][0] == "a broken capt"
+    (path / "7.txt").write_text("a whole caption")
+    assert load_rows(path)["caption"][0] == "a whole caption"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+def test_a_slice_without_a_row_is_refused(folder, kind):
+    rows = datasets.Dataset.from_list(PAIRS[:1])
+    path = folder / f"one.{kind}"
+    {"jsonl": rows.to_json, "parquet": rows.to_parquet, "saved": rows.save_to_disk}[kind](path)
+    assert len(load_rows(path, split="train[:1]")) == 1
+    for part in ("[1:]", "[:0]", "[50%:20%]"):
+        with pytest.raises(ValueError, match=r"\[.*corresponds to no data"):
+            load_rows(path, split=f"train{part}")
+
+
 def test_missing_files_and_splits(folder):
     with pytest.raises(ValueError, match=r"There is no data file .*gone\.jsonl"):
         load_rows(folder / "gone.jsonl")

@@ -207,6 +207,10 @@ BAD_ROWS = {
         {"conversations": [{"from": "dog", "value": "woof"}]},
         "Sample row 0: a turn is from 'dog'",
     ),
+    "unknown role": (
+        {"messages": [{"role": "user", "content": "q"}, {"role": "gpt", "content": "a"}]},
+        "Sample row 0: a message is of the role 'gpt'",
+    ),
     "unknown part": (
         {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
         "Sample row 0: a content part is of type 'video'",

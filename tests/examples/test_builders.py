@@ -72,7 +72,8 @@ def test_matching_from_json_lines(run, captions, tmp_path, capsys):
         assert image["image"].tobytes() == tiny.picture(int(row["image"][7:-4])).tobytes()
         assert text["text"] == row["messages"][0]["content"][1]["text"] and answer["role"] == "assistant"
     again = tmp_path / "again.jsonl"
-    run("build_matching.py", "--dataset_name_or_path", captions, "--output_file", again, "--seed", 3, "--streaming")
+    pattern = captions.with_name("capt*.jsonl")  # pictures start at the folder of the files, as in training
+    run("build_matching.py", "--dataset_name_or_path", pattern, "--output_file", again, "--seed", 3, "--streaming")
     assert again.read_bytes() == output.read_bytes()  # read as a stream or not
     run("build_matching.py", "--dataset_name_or_path", captions, "--output_file", again, "--seed", 4)
     assert again.read_bytes() != output.read_bytes()

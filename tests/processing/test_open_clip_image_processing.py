@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import REFERENCE_DATA
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoImageProcessor, AutoProcessor
@@ -37,7 +36,7 @@ def generated_pictures() -> list[Image.Image]:
 
 
 def real_photos() -> list[Image.Image]:
-    folder = REFERENCE_DATA / "photos" / "images"
+    folder = tiny.REFERENCE_DATA / "photos" / "images"
     if not folder.is_dir():
         pytest.skip("the photos lie beside the repository only where it is developed")
     return [Image.open(file) for file in sorted(folder.glob("*.jpg"))]

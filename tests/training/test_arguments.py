@@ -103,6 +103,21 @@ def test_bad_samples_keep_their_place(data):
     assert "images/2.png" in found[2].reason
 
 
+def test_ids_say_which_data_set_a_row_is_of(data):
+    (data / "texts.jsonl").write_text('{"caption": "words"}\n{"caption": ""}\n')
+    (data / "images" / "1.png").write_bytes(b"")
+    samples = pairs(
+        data,
+        *("--text_dataset_name_or_path", data / "texts.jsonl", "--text_rate", 0.5, "--text_eval_split", "train"),
+        *("--eval_split", "train"),
+    )
+    mixed = samples.train_dataset(seed=0)
+    bad = [found.id for found in (mixed[number] for number in range(4)) if isinstance(found, BadSample)]
+    assert bad == ["row 1", "text row 1"]
+    evaluation = samples.eval_dataset()
+    assert [evaluation[""][1].id, evaluation["text"][1].id] == bad
+
+
 def test_where_pictures_start(data):
     """At the folder that is named, of the file, or of the files that a pattern names."""
     pattern = parse(PairDataArguments, "--dataset_name_or_path", data / "p*.jsonl")

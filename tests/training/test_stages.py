@@ -1,10 +1,12 @@
 """Which model and processor the scripts train with."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 from transformers_lmeye import LMEyeForConditionalGeneration
-from transformers_lmeye.training import ModelArguments, load_model
+from transformers_lmeye.training import ModelArguments, load_model, train_and_save
 
 
 @pytest.fixture
@@ -46,3 +48,12 @@ def test_a_new_network_depends_on_the_seed_alone(arguments):
     tokens = [load_model(arguments(), seed)[0].ipn.image_token for seed in (0, 0, 1)]
     assert torch.equal(tokens[0], tokens[1])
     assert not torch.equal(tokens[0], tokens[2])
+
+
+@pytest.mark.parametrize("given, passed", [("last", True), ("runs/checkpoint-3", "runs/checkpoint-3"), (None, None)])
+def test_the_last_checkpoint_is_one_that_any_trainer_finds(given, passed):
+    """`True` is the word for it of the library's Trainer and TRL's, which raise where there is none."""
+    trainer = Mock(eval_dataset=None, args=Mock(resume_from_checkpoint=given))
+    trainer.train.return_value.metrics = {}
+    train_and_save(trainer)
+    trainer.train.assert_called_once_with(resume_from_checkpoint=passed)

@@ -193,6 +193,15 @@ def test_resuming_from_a_damaged_checkpoint_is_refused(build, tmp_path):
         assert trainer.state.global_step == 2 and len(trainer.state.log_history) > 2
 
 
+def test_weights_alone_are_no_checkpoint_to_go_on_from(build, tmp_path):
+    model = build()
+    model.freeze_for_stage("pretrain")
+    _trainer(model, tmp_path, save_only_model=True).train()
+    for choice in ("last", str(tmp_path / "checkpoint-1")):
+        with pytest.raises(ValueError, match=r"checkpoint-\d holds weights alone \(--save_only_model\)"):
+            _trainer(model, tmp_path, save_only_model=True).train(resume_from_checkpoint=choice)
+
+
 # --- files ---------------------------------------------------------------------------------------------------------
 
 

@@ -118,6 +118,12 @@ def test_a_resumed_stream_opens_nothing_it_has_had(pretrained, processor, tmp_pa
     other = _arguments(tmp_path, **run, per_device_train_batch_size=4)
     LMEyeTrainer(pretrained, other, collator, train_dataset=_stream(third)).train(f"{tmp_path}/checkpoint-2")
     assert third.opened[:4] == [8, 9, 10, 11]
+    progress = json.loads((tmp_path / "checkpoint-3" / "progress.json").read_text())
+    assert progress["batches"] * 4 == progress["samples"] > 8
+    fourth = Opener()
+    other.max_steps = 4
+    LMEyeTrainer(pretrained, other, collator, train_dataset=_stream(fourth)).train(f"{tmp_path}/checkpoint-3")
+    assert fourth.opened[:4] == [(progress["samples"] + place) % 12 for place in range(4)]
 
 
 def test_a_finished_run_on_a_stream_is_not_trained_further(pretrained, processor, tmp_path):

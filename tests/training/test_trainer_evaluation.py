@@ -13,6 +13,7 @@ from processes import run_processes
 from transformers_lmeye import LMEyeProcessor
 from transformers_lmeye.training import ConversationCollator, LMEyeTrainer, PairCollator, StageTrainingArguments
 from transformers_lmeye.training.collators import pad_right
+from transformers_lmeye.training.generated_samples import generate_samples
 
 
 WORDS = ("a cat in a house", "the red dog", "a man on the green house and a cat")
@@ -193,6 +194,23 @@ def test_samples_without_a_picture_or_a_target_are_passed_over(build, processor,
     trainer = LMEyeTrainer(model, arguments, collator, eval_dataset=samples, processing_class=processing)
     trainer.evaluate()
     assert [entry["id"] for entry in _read(tmp_path / "generated_samples.jsonl")] == ["row 2"]
+
+
+def test_no_picture_is_looked_for_in_all_of_a_data_set_of_words_alone(build, processor, tmp_path):
+    collator, read = ConversationCollator(processor()), []
+
+    class Words(list):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            read.append(index)
+            return super().__getitem__(index)
+
+    sample = {
+        "id": "a",
+        "messages": [{"role": role, "content": [{"type": "text", "text": "who"}]} for role in ("user", "assistant")],
+    }
+    words = Words([sample] * 1000)
+    assert list(generate_samples(build(), processor().tokenizer, collator, words, 2)) == []
+    assert read == [*range(16), *range(500, 516)]
 
 
 def test_each_evaluation_set_has_its_own_loss(build, tmp_path):

@@ -30,6 +30,7 @@ class SampleDataset(torch.utils.data.Dataset):
         rows: as `load_rows` gives them.
         reader: makes samples of them, a `PairReader` or `ConversationReader`.
         skip_bad_samples: an item that cannot be read is a `BadSample` rather than an error.
+        row_name: what ids call a row, to tell it from another data set's.
 
     Items are what the reader gives, their id `"row 7"`, or `"row 7 (id x)"` where rows have an id.
 
@@ -37,11 +38,12 @@ class SampleDataset(torch.utils.data.Dataset):
         ValueError: a column is missing; or, when an item is read, `UnreadableSample`.
     """
 
-    def __init__(self, rows: datasets.Dataset, reader: Reader, skip_bad_samples: bool = False):
+    def __init__(self, rows: datasets.Dataset, reader: Reader, skip_bad_samples: bool = False, row_name: str = "row"):
         reader.check_columns(rows.column_names)
         self.rows = rows
         self.reader = reader
         self.skip_bad_samples = skip_bad_samples
+        self.row_name = row_name
         has_images = reader.image_column in rows.column_names
         self._texts = rows.remove_columns(reader.image_column) if has_images else rows
         self._counts = _count_samples(rows, reader)  # [rows], or None where every row is one sample
@@ -55,7 +57,7 @@ class SampleDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any] | BadSample:
         number, place = self._locate(index)
         row = self.rows[number]
-        name = f"row {number}" + _own_id(row)
+        name = f"{self.row_name} {number}" + _own_id(row)
         return _read(self.reader, row, place, name, self.skip_bad_samples)
 
     def texts(self, index: int) -> list[str]:
@@ -126,9 +128,9 @@ class SampleStream(_Stream):
     """The samples of rows that are read one after another, from data of any size.
 
     Each data loader worker of each process (see `assign`) reads its own part: its own shards where they can be shared
-    out evenly, else every so many-th row; every row is read exactly once in a pass. With a shuffle buffer each pass
-    has a new order: of the shards, and of the samples within the buffer. The order depends on the seed, the number of
-    the pass and of the part, and on nothing else.
+    out evenly, else every so many-th row of shards that it shares with as few others as will do. Every row is read
+    exactly once in a pass. With a shuffle buffer each pass has a new order: of the shards, and of the samples within
+    the buffer. The order depends on the seed, the number of the pass and of the part, and on nothing else.
 
     Args:
         rows: as `load_rows(..., streaming=True)` gives them.
@@ -138,6 +140,7 @@ class SampleStream(_Stream):
         seed: of the order.
         skip_bad_samples: a sample that cannot be read is a `BadSample`, in its place, rather than an error.
         num_passes: how often the rows are read; `None`, for ever.
+        row_name: what ids call a row whose file does not say where it stands.
 
     Items are what the reader gives. Their id is where the row stands in its file, `"pairs.jsonl, line 7"`, where
     `load_rows` knows it, else its place in the part, and the row's own id.
@@ -155,6 +158,7 @@ class SampleStream(_Stream):
         seed: int = 0,
         skip_bad_samples: bool = True,
         num_passes: int | None = None,
+        row_name: str = "row",
     ):
         super().__init__()
         reader.check_columns(column_names_of(rows))
@@ -164,6 +168,7 @@ class SampleStream(_Stream):
         self.seed = seed
         self.skip_bad_samples = skip_bad_samples
         self.num_passes = num_passes
+        self.row_name = row_name
 
     def part(self, index: int, num_parts: int, num_skipped: int = 0) -> Iterator[dict[str, Any] | BadSample]:
         for number in count() if self.num_passes is None else range(self.num_passes):
@@ -190,21 +195,20 @@ class SampleStream(_Stream):
         return _shuffled(samples, self.shuffle_buffer, random.Random(f"{self.seed} {number} {index} {num_parts}"))
 
     def _rows(self, number: int, index: int, num_parts: int) -> Iterator[tuple[dict[str, Any], str]]:
-        strategy = "shards" if _shards_suffice(self.rows.num_shards, num_parts) else "examples"
-        rows = split_dataset_by_node(self.rows, index, num_parts, strategy)
+        readers = _parts_per_share(self.rows.num_shards, num_parts)
+        rows = split_dataset_by_node(self.rows, index // readers, num_parts // readers, "shards")
         if self.shuffle_buffer:
             # The epoch orders the shards, for every part of a pass alike, or rows were lost and read twice. It is set
             # on the new object: that of self.rows lies in memory that all workers share.
             rows.set_epoch(random.Random(f"{self.seed} {number}").randrange(1, 2**31))
         # By batches: iterating rows alone, `datasets` would split them among the data loader's workers once more.
-        place = 0
-        for batch in rows.iter(_ROWS_AT_ONCE):
-            columns = list(batch)
-            for values in zip(*batch.values(), strict=True):
-                row = dict(zip(columns, values, strict=True))
-                name = row.pop(ROW_SOURCE, None) or f"row {place} of part {index} of {num_parts}"
-                place += 1
-                yield row, name + _own_id(row)
+        batches = rows.iter(_ROWS_AT_ONCE)
+        read = (
+            dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)
+        )
+        for place, row in enumerate(islice(read, index % readers, None, readers)):
+            name = row.pop(ROW_SOURCE, None) or f"{self.row_name} {place} of part {index} of {num_parts}"
+            yield row, name + _own_id(row)
 
 
 class MixedDataset(torch.utils.data.Dataset):
@@ -350,9 +354,11 @@ def _count_samples(rows: datasets.Dataset, reader: Reader) -> np.ndarray | None:
     return np.concatenate(blocks)
 
 
-def _shards_suffice(num_shards: int, num_parts: int) -> bool:
-    """Whether parts of whole shards are alike enough: as many shards each, or so many that one more hardly counts."""
-    return num_shards % num_parts == 0 or num_shards >= 8 * num_parts
+def _parts_per_share(num_shards: int, num_parts: int) -> int:
+    """How many parts read the same whole shards, each of them every so many-th row: the fewest with which the shares
+    are alike enough, as many shards each, or so many that one more hardly counts."""
+    shares = (shares for shares in range(num_parts, 0, -1) if num_parts % shares == 0)
+    return num_parts // next(n for n in shares if num_shards % n == 0 or num_shards >= 8 * n)
 
 
 def _shuffled(items: Iterator[Any], size: int, generator: random.Random) -> Iterator[Any]:

@@ -5,6 +5,7 @@ Parquet and Arrow files and hub data sets are read by `datasets`. Files of text 
 file; the same rows come out map-style and streaming.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -71,13 +72,19 @@ def load_rows(
         rows = _of_records(files, f"train{bracket}{part}", streaming)
     else:
         rows = datasets.load_dataset(str(name_or_path), config_name, split=split, streaming=streaming)
-    if bracket and isinstance(rows, datasets.Dataset) and not len(rows):
-        raise ValueError(f"split={split!r} of {name_or_path} holds no row.")
     for column, feature in (rows.features or {}).items():
         undecoded = _undecoded(feature)
         if undecoded != feature:
             rows = rows.cast_column(column, undecoded)
     return rows
+
+
+def image_folder_of(name_or_path: str | Path) -> Path | None:
+    """Where relative image paths of a data set start unless one says so: the folder of its file, or of a pattern of
+    files. `None` for others, whose paths are read as they stand."""
+    file = Path(name_or_path)
+    is_pattern = any(character in file.name for character in "*?[{")
+    return file.parent if file.is_file() or (is_pattern and file.parent.is_dir()) else None
 
 
 def column_names_of(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
@@ -130,7 +137,7 @@ def _of_records(files: list[str], split: str, streaming: bool) -> datasets.Datas
     if streaming:
         return datasets.IterableDataset.from_generator(read_records, gen_kwargs={"files": files})
     versions = [_version(file) for file in files]
-    features = _features(files)
+    features = _features(files, versions)
     kinds = {column: type(feature).__name__ for column, feature in features.items()}
     rows = datasets.Dataset.from_generator(
         _encoded_records,
@@ -143,16 +150,38 @@ def _of_records(files: list[str], split: str, streaming: bool) -> datasets.Datas
 
 def _version(path: str) -> tuple[int, int]:
     """What changes when a file does, or a caption of a folder: what was prepared of it is then prepared anew."""
-    paths = [path]
-    if os.path.isdir(path):
-        for folder, _, names in os.walk(path):
-            paths += [folder, *(os.path.join(folder, name) for name in names if name.endswith(".txt"))]
-    status = [os.stat(found) for found in paths if os.path.exists(found)]
-    return sum(found.st_mtime_ns for found in status), sum(found.st_size for found in status)
+    time = size = 0
+    for found in _texts_of(path) if os.path.isdir(path) else [path]:
+        status = os.stat(found)
+        time, size = time + status.st_mtime_ns, size + status.st_size
+    return time, size
 
 
-def _features(files: list[str]) -> datasets.Features:
-    """The types of columns, from all records: one that is not the same throughout is JSON."""
+def _texts_of(path: str) -> Iterator[str]:
+    """A folder and its sub-folders, whose times change when pictures come and go, and the text files in them."""
+    for folder, _, names in os.walk(path):
+        yield folder
+        yield from (os.path.join(folder, name) for name in names if name.endswith(".txt"))
+
+
+def _features(files: list[str], versions: list[tuple[int, int]]) -> datasets.Features:
+    """The types of columns: one that is not the same throughout is JSON. All records are read for it, once: what they
+    hold is kept in the cache of `datasets`, beside what is prepared of them."""
+    key = hashlib.sha256(json.dumps([files, versions, _RECORDS_FORMAT]).encode()).hexdigest()
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / "transformers_lmeye" / f"columns-{key}.json"
+    if kept.is_file():
+        kinds = json.loads(kept.read_text(encoding="utf-8"))
+    else:
+        kinds = _kinds(files)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(kinds), encoding="utf-8")
+        os.replace(partial, kept)
+    return datasets.Features({column: _feature(set(found) - {"nothing"}) for column, found in kinds.items()})
+
+
+def _kinds(files: list[str]) -> dict[str, list[str]]:
+    """Which kinds of values each column holds."""
     kinds: dict[str, set[str]] = {}
     broken = None
     for record in read_records(files):
@@ -162,7 +191,7 @@ def _features(files: list[str]) -> datasets.Features:
                 kinds.setdefault(column, set()).add(_kind(value))
     if not set(kinds) - {BROKEN_RECORD}:
         raise _nothing_read(broken)
-    return datasets.Features({column: _feature(found - {"nothing"}) for column, found in kinds.items()})
+    return {column: sorted(found) for column, found in kinds.items()}
 
 
 def _nothing_read(broken: str | None) -> ValueError:
@@ -236,7 +265,7 @@ def _slice(rows: datasets.Dataset, part: str) -> datasets.Dataset:
     """`part` is a slice without its opening bracket, such as `90%:]`."""
     (read,) = datasets.ReadInstruction.from_spec(f"all[{part}").to_absolute({"all": len(rows)})
     if read.from_ >= read.to:
-        raise ValueError(f"The slice [{part} of {len(rows)} rows holds none.")
+        raise ValueError(f"The slice [{part} of {len(rows)} rows corresponds to no data: name another.")
     return rows.select(range(read.from_, read.to))
 
 
@@ -253,4 +282,4 @@ def _undecoded(feature: Any) -> Any:
     return feature
 
 
-__all__ = ["column_names_of", "load_rows"]
+__all__ = ["column_names_of", "image_folder_of", "load_rows"]

@@ -29,6 +29,7 @@ UNREADABLE_SAMPLE_KINDS = (
 )
 """What may be wrong with a row: `UnreadableSample.kind` and `BadSample.kind`."""
 
+_ROLES = ("system", "developer", "user", "assistant", "tool")  # of chat templates
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _LLAVA_IMAGE = "<image>"
 
@@ -291,10 +292,7 @@ class ConversationReader(_RowReader):
                 question = self._text(row.get(self.question_column), 0, name, "question")
             turns = [("user", question), ("assistant", self._text(row.get(self.answer_column), place, name, "answer"))]
         elif row.get(self.messages_column) is not None:
-            turns = [
-                (_field(message, "role", name), _field(message, "content", name, None))
-                for message in _list_of(row[self.messages_column], "messages", name)
-            ]
+            turns = [_turn(message, name) for message in _list_of(row[self.messages_column], "messages", name)]
         else:
             turns = [_llava_turn(turn, name) for turn in _list_of(row["conversations"], "conversations", name)]
         return [{"role": role, "content": _parts(content, name)} for role, content in turns]
@@ -350,6 +348,15 @@ def _field(message: dict[str, Any], key: str, name: str, default: Any = _REQUIRE
     if value is _REQUIRED or (key != "content" and not isinstance(value, str)):
         raise UnreadableSample(f"Sample {name}: a message has no {key!r} but {message!r:.80}.", "bad messages")
     return value
+
+
+def _turn(message: dict[str, Any], name: str) -> tuple[str, Any]:
+    role, content = _field(message, "role", name), _field(message, "content", name, None)
+    if role not in _ROLES:
+        raise UnreadableSample(
+            f"Sample {name}: a message is of the role {role!r}; expected one of {', '.join(_ROLES)}.", "bad messages"
+        )
+    return role, content
 
 
 def _llava_turn(turn: dict[str, Any], name: str) -> tuple[str, list[dict[str, Any]]]:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from ..data.datasets import MixedDataset, MixedStream, SampleDataset, SampleStream, mix_texts
 from ..data.features import FeatureCache
 from ..data.images import DEFAULT_MAX_PIXELS, open_image
-from ..data.rows import load_rows
+from ..data.rows import image_folder_of, load_rows
 from ..data.samples import ConversationReader, PairReader
 from ..modeling.modeling_lmeye import LMEyeForConditionalGeneration
 from ..processing.processing_lmeye import LMEyeProcessor
@@ -201,9 +201,10 @@ class DataArguments:
         def samples(words_alone: bool, *source: str | None) -> SampleDataset | SampleStream:
             rows = load_rows(*source, streaming=self.streaming)
             reader = self.reader(features, words_alone=words_alone)
+            row_name = "text row" if words_alone else "row"
             if self.streaming:
-                return SampleStream(rows, reader, shuffle_buffer=self.shuffle_buffer, seed=seed)
-            return SampleDataset(rows, reader, skip_bad_samples=True)
+                return SampleStream(rows, reader, shuffle_buffer=self.shuffle_buffer, seed=seed, row_name=row_name)
+            return SampleDataset(rows, reader, skip_bad_samples=True, row_name=row_name)
 
         data = samples(False, self.dataset_name_or_path, self.dataset_config_name, self.train_split)
         if self.text_dataset_name_or_path is None:
@@ -220,7 +221,12 @@ class DataArguments:
                 raise ValueError("--text_eval_split is a split of --text_dataset_name_or_path: name that, too.")
             parts["text"] = load_rows(self.text_dataset_name_or_path, split=self.text_eval_split)
         samples = {
-            name: SampleDataset(rows, self.reader(features, True, words_alone=name == "text"), skip_bad_samples=True)
+            name: SampleDataset(
+                rows,
+                self.reader(features, evaluation=True, words_alone=name == "text"),
+                skip_bad_samples=True,
+                row_name=f"{name} row".strip(),
+            )
             for name, rows in parts.items()
         }
         return samples.get("") if set(samples) <= {""} else samples
@@ -242,9 +248,7 @@ class DataArguments:
         """Where relative image paths of the training or evaluation rows start."""
         if self.image_folder is not None:
             return Path(self.image_folder)
-        file = Path((evaluation and self.eval_dataset_name_or_path) or self.dataset_name_or_path)
-        is_pattern = any(character in file.name for character in "*?[{")
-        return file.parent if file.is_file() or (is_pattern and file.parent.is_dir()) else None
+        return image_folder_of((evaluation and self.eval_dataset_name_or_path) or self.dataset_name_or_path)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from .collators import IGNORED
 
 
 MAX_NEW_TOKENS = 64
+_MAX_TRIES = 16  # samples looked at for one with a picture and a target
 _SLOT_RUN = re.compile(r"(<img(?:-[dq])?>)(?:\s*\1)+")
 
 
@@ -25,7 +26,8 @@ def generate_samples(
     Answers some samples greedily, in at most 64 tokens.
 
     A sample is collated as it is in training; what stands before its first target is the prompt: in stage 1 the image
-    slots, in stage 2 the conversation up to its first answer. Samples without picture or target are passed over.
+    slots, in stage 2 the conversation up to its first answer. Samples without picture or target are passed over,
+    at most 15 in a row: of words alone nothing is answered.
 
     Args:
         model: in evaluation mode.
@@ -39,7 +41,8 @@ def generate_samples(
     """
     taken: set[int] = set()
     for place in range(min(num_samples, len(dataset))):
-        for index in range(place * len(dataset) // num_samples, len(dataset)):
+        start = place * len(dataset) // num_samples
+        for index in range(start, min(start + _MAX_TRIES, len(dataset))):
             if index in taken:
                 continue
             taken.add(index)

@@ -76,7 +76,8 @@ def train_and_save(trainer: LMEyeTrainer) -> dict[str, float]:
     Raises:
         ValueError: `--resume_from_checkpoint last` and there is no checkpoint.
     """
-    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    checkpoint = trainer.args.resume_from_checkpoint
+    metrics = trainer.train(resume_from_checkpoint=True if checkpoint == "last" else checkpoint).metrics
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", metrics)

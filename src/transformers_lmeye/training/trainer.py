@@ -415,8 +415,8 @@ class LMEyeTrainer(IPNCheckpointMixin, Trainer):
             trial, args, kwargs: as in `Trainer.train`.
 
         Raises:
-            ValueError: there is no complete checkpoint, or the one that was named is not complete; see also
-                `max_bad_fraction`.
+            ValueError: there is no complete checkpoint, or the one that was named is not complete, or it was written
+                with `save_only_model`; see also `max_bad_fraction`.
         """
         if self.args.should_save:
             clear_unfinished(Path(self.args.output_dir))
@@ -430,6 +430,16 @@ class LMEyeTrainer(IPNCheckpointMixin, Trainer):
                     f"{resume_from_checkpoint} is no complete checkpoint: {problem}. Resume from another one "
                     "(--resume_from_checkpoint last), or start anew from its weights (--model_name_or_path)."
                 )
+        folder = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if (
+            folder is not None
+            and folder.is_dir()
+            and not (self.is_deepspeed_enabled or (folder / SCHEDULER_NAME).is_file())
+        ):
+            raise ValueError(
+                f"{folder} holds weights alone (--save_only_model), and no state of optimizer and schedule to go on "
+                "from: start anew from its weights (--model_name_or_path)."
+            )
         return super().train(resume_from_checkpoint, trial, *args, **kwargs)
 
     def _last_checkpoint(self) -> str:
@@ -459,7 +469,8 @@ class LMEyeTrainer(IPNCheckpointMixin, Trainer):
         if not _is_stream(self.train_dataset):
             return epochs, num_batches
         self._random_state_of = resume_from_checkpoint
-        self._assign_stream(self._num_read_batches(batches_of))
+        self._progress.batches = self._num_read_batches(batches_of)  # those of other sizes, in batches of this run
+        self._assign_stream(self._progress.batches)
         return epochs, 0  # the stream itself leaves out what was read
 
     def _num_read_batches(self, batches_of: dict[str, int]) -> int:
