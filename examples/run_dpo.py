@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
 from transformers_lmeye.data import load_rows, open_image
@@ -135,8 +134,6 @@ def main() -> None:
         callbacks=[LearningCurveCallback()],
     )
     check_trl_head(model)
-    if training_args.resume_from_checkpoint == "last":
-        training_args.resume_from_checkpoint = get_last_checkpoint(training_args.output_dir)
     held_out = trainer.eval_dataset
     results = {}
     if held_out is not None:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from transformers_lmeye.training import (
@@ -103,8 +102,6 @@ def main() -> None:
         callbacks=[LearningCurveCallback()],
     )
     check_trl_head(model)
-    if training_args.resume_from_checkpoint == "last":
-        training_args.resume_from_checkpoint = get_last_checkpoint(training_args.output_dir)
     train_and_save(trainer)
 
 

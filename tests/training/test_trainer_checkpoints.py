@@ -268,3 +268,19 @@ def test_the_records_of_a_run(build, tmp_path):
     assert json.loads((tmp_path / "all_results.json").read_text()) == {**metrics, "eval_loss": 1.0}
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
     assert metrics["train_samples"] == 4 and metrics["bad_samples"] == 0
+
+
+def test_what_is_said_of_earlier_checkpoints(build, tmp_path, caplog):
+    """A run beside another's checkpoints, and one that goes on with steps of another size; else nothing."""
+    model = build("llama", "clip_text")
+    model.freeze_for_stage("instruct")
+    _trainer(model, tmp_path).train()
+    assert "checkpoints of an earlier run" not in caplog.text
+    _trainer(model, tmp_path, max_steps=1).train()
+    assert "checkpoints of an earlier run" in caplog.text
+    caplog.clear()
+    same = {"max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    _trainer(model, tmp_path, **same).train(resume_from_checkpoint="last")
+    assert "counted in optimizer steps" not in caplog.text
+    _trainer(model, tmp_path, max_steps=4, per_device_train_batch_size=4).train(resume_from_checkpoint="last")
+    assert "counted in optimizer steps" in caplog.text

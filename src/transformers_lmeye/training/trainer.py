@@ -1,6 +1,7 @@
 """The Transformers `Trainer` for a model of which a small part trains."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -161,7 +162,8 @@ class LMEyeTrainer(IPNCheckpointMixin, Trainer):
 
     def _get_dataloader(self, dataset: Dataset, description: str, *args, **kwargs) -> DataLoader:
         # For predictions, which are gathered, accelerate's own way: it repeats samples and drops them again.
-        if description == "Evaluation" and self.args.world_size > 1 and self.compute_metrics is None:
+        evaluates_several = description == "Evaluation" and self.args.world_size > 1 and has_length(dataset)
+        if evaluates_several and self.compute_metrics is None:
             dataset = EvenDataset(dataset, self.args.eval_batch_size * self.args.world_size)
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
@@ -176,6 +178,7 @@ class LMEyeTrainer(IPNCheckpointMixin, Trainer):
             "num_processes": self.args.world_size,
             "per_device_train_batch_size": self._train_batch_size,
             "dataloader_num_workers": self.args.dataloader_num_workers,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
         }
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -431,6 +434,11 @@ class LMEyeTrainer(IPNCheckpointMixin, Trainer):
                     "(--resume_from_checkpoint last), or start anew from its weights (--model_name_or_path)."
                 )
         folder = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if folder is None and (earlier := last_checkpoint(self.args.output_dir)) is not None:
+            logger.warning(
+                f"{self.args.output_dir} holds checkpoints of an earlier run, {earlier} the last, and this one starts "
+                "anew. Give another --output_dir to keep them apart, or go on with --resume_from_checkpoint last."
+            )
         if (
             folder is not None
             and folder.is_dir()
@@ -467,6 +475,13 @@ class LMEyeTrainer(IPNCheckpointMixin, Trainer):
             answers = Path(self.args.output_dir) / "generated_samples.jsonl"
             keep_lines(answers, lambda entry: entry["step"] <= self.state.global_step)
         if not _is_stream(self.train_dataset):
+            own = self._batches_of()
+            if _global_batch(batches_of) != _global_batch(own):
+                logger.warning(
+                    f"The checkpoint was trained with {batches_of}, and this run has {own}. The place in the data is "
+                    "counted in optimizer steps, which are of another size now: some samples are read again, or not "
+                    "in this epoch."
+                )
             return epochs, num_batches
         self._random_state_of = resume_from_checkpoint
         self._progress.batches = self._num_read_batches(batches_of)  # those of other sizes, in batches of this run
@@ -476,7 +491,8 @@ class LMEyeTrainer(IPNCheckpointMixin, Trainer):
     def _num_read_batches(self, batches_of: dict[str, int]) -> int:
         """How many of this process's batches of the stream were read, by this run or those it goes on from."""
         own = self._batches_of()
-        if batches_of == own:
+        decisive = ("num_processes", "per_device_train_batch_size", "dataloader_num_workers")
+        if all(batches_of[name] == own[name] for name in decisive):
             return self._progress.batches
         logger.warning(
             f"The checkpoint was trained with {batches_of}, and this run has {own}: it goes on at the same place of "
@@ -625,6 +641,12 @@ class _LengthGroups(Sampler):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+
+def _global_batch(batches_of: dict[str, int]) -> int:
+    """Samples of an optimizer step."""
+    names = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+    return math.prod(batches_of[name] for name in names)
 
 
 def _is_stream(dataset: Any) -> bool:
