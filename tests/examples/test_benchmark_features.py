@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import datasets
+import pytest
 import tiny
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.mark.slow
 def test_a_short_run(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.syspath_prepend(EXAMPLES)

@@ -188,6 +188,7 @@ def test_the_same_losses_and_weights_as_our_trainer(
 # --- adapters, heads, rows -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_language_model_trains_along(build, processor, data, tmp_path):
     """LoRA below TRL's trainer, segments checkpointed: it and the IPN train, nothing else; twice the same."""
     peft = pytest.importorskip("peft")

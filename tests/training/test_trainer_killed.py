@@ -54,6 +54,7 @@ STREAM = {"streaming": True, "workers": 2}
 MAP = {"streaming": False, "workers": 0}
 
 
+@pytest.mark.slow
 def test_two_kills_each_change_nothing(tmp_path):
     """In the first checkpoint and a later one; where one is replaced and where the model is saved at the end."""
     runs = {
