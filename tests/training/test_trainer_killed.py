@@ -73,7 +73,7 @@ def test_two_kills_each_change_nothing(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("run", "num_points"), [(STREAM, 9), ({**MAP, "workers": 2}, 4)], ids=["stream", "map with workers"]
+    ("run", "num_points"), [(STREAM, 5), ({**MAP, "workers": 2}, 3)], ids=["stream", "map with workers"]
 )
 def test_kills_all_over_change_nothing(tmp_path, run, num_points):
     _run(tmp_path, {"whole": {**run, "kills": [0]}})
