@@ -6,16 +6,17 @@
 Scenes of nine colored handwritten digits hold 18 facts; the Interactive Perception Network may bring a language model
 one static token and two dynamic ones. It is trained here in the paper's two stages, captions first and then questions,
 while the CLIP and the language model stay as they are. Then it answers questions about handwriting that nothing was
-trained on, next to rivals that had the same data, steps and number of tokens (`examples/digits/study.py`).
+trained on, next to rivals that had the same data and steps and, but for the one that sees every patch, as many tokens
+(`examples/digits/study.py`). How far its losses are from those of earlier runs tells whether training went well.
 
 Writes `outputs/quickstart/`: `answers.png`, `learning_curve.png`, and the model with its processor.
 """
 
+import json
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from transformers import AutoModel, AutoProcessor
@@ -24,12 +25,14 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent / "digits"))
 
+from curves import CurveDistance, compare_curves, plot_curve, smooth
 from scenes import KINDS, Question, Scenes, sample_questions, sample_scenes
 from training import (
     CHECKPOINTS,
     INSTRUCT_BATCH,
     INSTRUCT_STEPS,
     PRETRAIN_STEPS,
+    REFERENCE_CURVE,
     blind_prompts,
     build,
     encode_pictures,
@@ -51,6 +54,7 @@ RIVALS = {
     "none": "stage 1 alone (IPN*)",
     "static_tuned": "static tokens, tuned",
     "static_resampled": "static tokens of the same stack, tuned",
+    "llava_style": "LLaVA-style, all 36 patches, tuned",
     "clip_text": "IPN, interaction in CLIP's text encoder",
     "no_request": "IPN trained without its request",
 }
@@ -117,15 +121,18 @@ def draw_answers(model: LMEyeForConditionalGeneration, processor: LMEyeProcessor
     figure.savefig(path, dpi=110)
 
 
-def draw_learning_curve(losses: dict[str, list[float]], path: Path) -> None:
-    """Draws the loss of both stages, averaged over 20 steps."""
+def check_losses(losses: dict[str, list[float]], path: Path) -> dict[str, CurveDistance]:
+    """How far the losses of both stages are from the reference; draws them over the band of normal runs."""
+    reference = json.loads(REFERENCE_CURVE.read_text())["stages"]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for ax, (title, values) in zip(figure.subplots(1, len(losses)), losses.items(), strict=True):
-        smooth = np.convolve(values, np.ones(20) / 20, mode="valid")
-        ax.plot(np.arange(len(smooth)) + 20, smooth)
-        ax.set(title=title, xlabel="step", ylabel="loss", ylim=(0, None))
-        ax.grid(alpha=0.3)
+    distances = {}
+    for ax, (stage, values) in zip(figure.subplots(1, len(losses)), losses.items(), strict=True):
+        curve = smooth(values)
+        distances[stage] = compare_curves(curve, reference[stage])
+        plot_curve(ax, curve, reference[stage])
+        ax.set_title(stage)
     figure.savefig(path, dpi=110)
+    return distances
 
 
 def reload_and_check(
@@ -159,9 +166,10 @@ def main() -> None:
     losses = {"stage 1: captions": pretrain(model, processor, scenes, features, seed=0)}
     say(f"stage 2: {INSTRUCT_STEPS} steps of {INSTRUCT_BATCH} questions train the request and what it brings back")
     losses["stage 2: questions"] = instruct(model, processor, scenes, features, seed=0)
-    for stage, values in losses.items():
-        say(f"{stage}, loss {np.mean(values[:20]):.3f} at the start, {np.mean(values[-50:]):.3f} at the end")
-    draw_learning_curve(losses, OUTPUT_DIR / "learning_curve.png")
+    for stage, distance in check_losses(losses, OUTPUT_DIR / "learning_curve.png").items():
+        first, last = (sum(values) / len(values) for values in (losses[stage][:20], losses[stage][-50:]))
+        say(f"{stage}, loss {first:.3f} at the start, {last:.3f} at the end;")
+        say(f"    {distance}")
 
     test_scenes = sample_scenes(250, "test", seed=1000, min_digits=9)
     questions = sample_questions(test_scenes, per_scene=4, seed=1000)

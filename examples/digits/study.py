@@ -1,9 +1,14 @@
-"""Compares IPNs with rivals on the digits world: same data, steps, visual tokens and tuning.
+"""Compares IPNs with rivals on the digits world: same data, steps and tuning.
 
     python examples/digits/study.py --do tune         # learning rate of each arm, on validation handwriting
     python examples/digits/study.py --do train        # every arm, every seed; what is done already is skipped
-    python examples/digits/study.py --do evaluate     # test handwriting: study.json, and a Markdown table
+    python examples/digits/study.py --do curve        # the same with other numbers of visual tokens
+    python examples/digits/study.py --do time         # seconds per step of every arm, in turns
+    python examples/digits/study.py --do evaluate     # test handwriting: study.json, Markdown tables, and a plot
     python examples/digits/study.py --do ship         # copies the rivals' IPNs of seed 0 into checkpoints/
+
+    python examples/digits/study.py --do reference    # what the quickstart's loss looks like over several seeds:
+                                                      # reference_curve.json
 
     python examples/digits/study.py --do family       # trains and evaluates every interaction, source and number of
                                                       # rounds of requests: family.json, and a Markdown table
@@ -21,15 +26,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from curves import build_reference, smooth
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from scenes import KINDS, Question, Scenes, sample_questions, sample_scenes
 from training import (
     ARMS,
     CHECKPOINTS,
+    CONFIGURATIONS,
+    CURVE,
     FAMILY,
+    INSTRUCT_BATCH,
+    INSTRUCT_LEARNING_RATE,
     INSTRUCT_STEPS,
+    REFERENCE_CURVE,
     blind_prompts,
     build,
+    choose_parameters,
     encode_pictures,
     exact_matches,
     exact_matches_of_texts,
@@ -37,31 +50,60 @@ from training import (
     load,
     per_kind,
     pretrain,
+    question_samples,
     told_prompts,
+    train,
+    training_questions,
     training_scenes,
 )
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from transformers_lmeye import LMEyeForConditionalGeneration
+from transformers_lmeye import LMEyeConfig, LMEyeForConditionalGeneration
 from transformers_lmeye.modeling.interactive_perception import ImageFeatures
 
 
 logger = logging.getLogger("study")
 
 STUDY = Path(__file__).parent / "study.json"
+PLOT = Path(__file__).parent / "visual_tokens.png"
 FAMILY_STUDY = Path(__file__).parent / "family.json"
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 TUNING_STEPS = 400
 NUM_TEST_QUESTIONS = 1000
-SEVERAL_SEEDS = ("ipn", "static_tuned", "static_resampled", "ipn_two_rounds")
+ONE_SEED = tuple(arm for arm in FAMILY if arm not in ARMS and arm != "ipn_two_rounds")
+"""Arms that decide nothing."""
+CURVE_ARMS = tuple(name for names in CURVE.values() for name in names.values())
+ORDER = (
+    "no_image",
+    "none",
+    "static_tuned",
+    "static_resampled",
+    "llava_style",
+    "clip_text_no_request",
+    "clip_text",
+    "no_request",
+    "ipn",
+    "told",
+)
+"""Rows of the table."""
+DEFAULT_ARMS: dict[str, tuple[str, ...]] = {
+    "tune": tuple(ARMS),
+    "train": tuple(ARMS),
+    "curve": CURVE_ARMS,
+    "time": tuple(dict.fromkeys((*ARMS, *CURVE_ARMS))),
+    "evaluate": tuple(dict.fromkeys((*ARMS, *CURVE_ARMS))),
+    "ship": tuple(ARMS),
+    "reference": ("ipn",),
+    "family": tuple(FAMILY),
+}
 
 
 @dataclass
 class Arguments:
-    do: str = field(metadata={"help": "What to do.", "choices": ["tune", "train", "evaluate", "ship", "family"]})
+    do: str = field(metadata={"help": "What to do.", "choices": list(DEFAULT_ARMS)})
     arms: list[str] | None = field(
-        default=None, metadata={"help": "Which arms; default: all of `ARMS`, or of `FAMILY` where that is what to do."}
+        default=None, metadata={"help": "Which arms; default: all that what is done is about."}
     )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Which seeds; arms that decide nothing use seed 0 alone."}
@@ -75,7 +117,7 @@ class Arguments:
 
 def seeds_of(arm: str, args: Arguments) -> list[int]:
     """The seeds an arm is trained with."""
-    return [seed for seed in args.seeds if seed == 0 or arm in SEVERAL_SEEDS]
+    return [seed for seed in args.seeds if seed == 0 or arm not in ONE_SEED]
 
 
 def training_data(seed: int, work_dir: Path) -> tuple[Scenes, ImageFeatures]:
@@ -138,13 +180,11 @@ def evaluate(model: LMEyeForConditionalGeneration, processor, split: str, num_qu
 
 
 def tune(args: Arguments, work_dir: Path) -> None:
-    """Tries the learning rates with a shortened stage 2; writes `tune_{arm}.json`."""
-    for arm in args.arms:
+    """Tries the learning rates that were not tried yet with a shortened stage 2; writes `tune_{arm}.json`."""
+    for arm in (arm for arm in args.arms if arm != "none"):
         path = work_dir / f"tune_{arm}.json"
-        if arm == "none" or path.exists():
-            continue
-        figures = {}
-        for rate in args.learning_rates:
+        figures = json.loads(path.read_text()) if path.exists() else {}
+        for rate in (rate for rate in args.learning_rates if f"{rate:g}" not in figures):
             model = train_arm(arm, 0, work_dir, rate, TUNING_STEPS)
             _, processor = build(arm)
             right = evaluate(model, processor, "validation", 600)
@@ -155,7 +195,8 @@ def tune(args: Arguments, work_dir: Path) -> None:
 
 def best_rate(arm: str, work_dir: Path) -> float:
     """The learning rate that read most of the validation handwriting, by the tuning in `work_dir` or else by that in
-    study.json; that of the IPN for arms that were not tuned."""
+    study.json; with another number of visual tokens or rounds that of its kind, the IPN's for what was not tuned."""
+    arm = next((kind for kind, names in CURVE.items() if arm in names.values()), arm.removesuffix("_two_rounds"))
     tuned = json.loads(STUDY.read_text())["learning_rates"]
     tuned |= {path.stem.removeprefix("tune_"): json.loads(path.read_text()) for path in work_dir.glob("tune_*.json")}
     figures = tuned.get(arm, tuned["ipn"])
@@ -175,6 +216,57 @@ def train_all(args: Arguments, work_dir: Path) -> None:
             model.save_pretrained(folder, save_backbones=False)
             store_in_half_precision(folder / "model.safetensors")
             logger.info("saved %s", folder.name)
+
+
+def measure_seconds(args: Arguments, work_dir: Path, rounds: int = 5, steps: int = 5) -> None:
+    """Seconds of a step of stage 2 on full scenes, all arms in turns so that a busy machine is busy for all alike;
+    writes `timing.json`.
+
+    Counted are seconds of the processor, which on one thread are those of a clock on an idle machine. `ratio` is the
+    median over rounds of an arm's seconds over those of `ipn` in the same round.
+    """
+    scenes, features = training_data(0, work_dir)
+    questions = training_questions(scenes, INSTRUCT_STEPS, INSTRUCT_BATCH, 0)[-steps * INSTRUCT_BATCH :]
+    prepared = {}
+    for arm in (arm for arm in args.arms if arm != "none"):
+        model, processor = build(arm)
+        choose_parameters(model, "instruct")
+        prepared[arm] = (model, question_samples(processor, questions))
+    seconds: dict[str, list[float]] = {arm: [] for arm in prepared}
+    for round_number in range(-1, rounds):  # the first is thrown away
+        for arm, (model, samples) in prepared.items():
+            start = time.process_time()
+            train(model, samples, features, INSTRUCT_BATCH, INSTRUCT_LEARNING_RATE, arm, progress=False)
+            if round_number >= 0:
+                seconds[arm].append((time.process_time() - start) / steps)
+    figures = {
+        arm: {
+            "seconds_per_step": round(float(np.median(values)), 4),
+            "ratio": round(float(np.median(np.array(values) / seconds["ipn"])), 3),
+        }
+        for arm, values in seconds.items()
+    }
+    (work_dir / "timing.json").write_text(json.dumps(figures, indent=1) + "\n")
+    for arm, figure in figures.items():
+        print(arm, figure)
+
+
+def make_reference(args: Arguments, work_dir: Path) -> None:
+    """Trains the quickstart's IPN with every seed and writes the losses of both stages, their mean and spread."""
+    runs: dict[str, list[dict[int, float]]] = {"stage 1: captions": [], "stage 2: questions": []}
+    for seed in args.seeds:
+        path = work_dir / f"losses_{seed}.json"
+        if not path.exists():
+            scenes, features = training_data(seed, work_dir)
+            model, processor = build("ipn", seed)
+            losses = [
+                stage(model, processor, scenes, features, seed, progress=False) for stage in (pretrain, instruct)
+            ]
+            path.write_text(json.dumps(losses) + "\n")
+        for stage, losses in zip(runs, json.loads(path.read_text()), strict=True):
+            runs[stage].append(smooth(losses))
+    reference = {"seeds": args.seeds, "stages": {stage: build_reference(of_seeds) for stage, of_seeds in runs.items()}}
+    REFERENCE_CURVE.write_text(json.dumps(reference) + "\n")
 
 
 def store_in_half_precision(path: Path) -> None:
@@ -225,26 +317,52 @@ def test_hits(
 
 
 def summary(hits: list[np.ndarray], questions: list[Question]) -> dict:
-    """Percent right per kind, the mean over seeds, and each seed's mean over kinds."""
+    """Percent right per kind: mean and standard deviation over seeds, and of each seed the mean over kinds."""
     figures = [per_kind(right, questions) for right in hits]
-    mean = {kind: round(float(np.mean([f[kind] for f in figures])), 1) for kind in (*KINDS, "all")}
-    return {**mean, "per_seed": [round(f["all"], 1) for f in figures]}
+    columns = (*KINDS, "all")
+    result: dict = {kind: round(float(np.mean([f[kind] for f in figures])), 1) for kind in columns}
+    result["per_seed"] = [round(f["all"], 1) for f in figures]
+    if len(figures) > 1:
+        result["spread"] = {kind: round(float(np.std([f[kind] for f in figures], ddof=1)), 1) for kind in columns}
+    return result
+
+
+def visual_tokens(config: LMEyeConfig) -> int:
+    """Static tokens and, with requests, the dynamic ones of all rounds of a question."""
+    rounds = 0 if config.interaction == "none" else config.num_request_rounds
+    return config.num_static_tokens + rounds * config.num_dynamic_tokens
+
+
+def costs(arm: str, timing: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Visual tokens, parameters trained in both stages, and seconds per step where they were measured."""
+    model, _ = build(arm)
+    trained: dict[str, int] = {}
+    for stage in ("pretrain",) if arm == "none" else ("pretrain", "instruct"):
+        choose_parameters(model, stage)
+        trained |= {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        "visual_tokens": visual_tokens(model.config),
+        "trained_parameters": sum(trained.values()),
+        **timing.get(arm, {}),
+    }
 
 
 def evaluate_all(args: Arguments, work_dir: Path) -> None:
-    """Answers on test handwriting; writes `study.json` next to this file and prints the table."""
+    """Answers on test handwriting; writes `study.json` and the plot next to this file and prints the tables."""
     tests = evaluation_questions("test", NUM_TEST_QUESTIONS)
-    hits = {arm: by_name for arm in ARMS if (by_name := test_hits(arm, args, work_dir))}
+    hits = {arm: by_name for arm in args.arms if (by_name := test_hits(arm, args, work_dir))}
     model, processor = build("none")
     for name, (scenes, questions) in tests.items():
         prompts = {"no_image": blind_prompts(questions), "told": told_prompts(questions, scenes)}
         for arm, texts in prompts.items():
             right = exact_matches_of_texts(model, processor, questions, texts)
             hits.setdefault(arm, {})[name] = [right]
+    timing = json.loads(path.read_text()) if (path := work_dir / "timing.json").exists() else {}
     result: dict = {
         "learning_rates": {
             arm: json.loads(p.read_text()) for arm in ARMS if (p := work_dir / f"tune_{arm}.json").exists()
         },
+        "costs": {arm: costs(arm, timing) for arm in hits if arm in CONFIGURATIONS},
         "exact_match": {},
         "ipn_minus": {},
     }
@@ -256,24 +374,82 @@ def evaluate_all(args: Arguments, work_dir: Path) -> None:
                 result["ipn_minus"].setdefault(name, {})[arm] = bootstrap_interval(ours, theirs)
     STUDY.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
+    print(curve_table(result))
+    draw_curve(result, PLOT)
+
+
+def with_spread(figures: dict, kind: str) -> str:
+    """Mean and standard deviation over seeds."""
+    spread = figures.get("spread")
+    return f"{figures[kind]:.1f}" + (f" ± {spread[kind]:.1f}" if spread else "")
 
 
 def table(result: dict) -> str:
     """The results as Markdown."""
     lines = []
     for name, arms in result["exact_match"].items():
-        lines += [f"{name} scenes", "", f"| arm | {' | '.join(KINDS)} | all | per seed | IPN minus it |"]
-        lines.append("|---" * (len(KINDS) + 4) + "|")
-        order = ["no_image", "none", "static_tuned", "static_resampled", "clip_text", "no_request", "ipn", "told"]
-        for arm in (arm for arm in order if arm in arms):
-            figures = arms[arm]
+        head = ["arm", "visual tokens", "trained", "s / step", *KINDS, "all", "per seed", "IPN minus it"]
+        lines += [f"{name} scenes", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for arm in (arm for arm in ORDER if arm in arms):
+            figures, cost = arms[arm], result["costs"].get(arm, {})
             gap = result["ipn_minus"].get(name, {}).get(arm)
-            gap = f"{gap[0]} [{gap[1]}, {gap[2]}]" if gap else ""
-            cells = [f"{figures[kind]:.1f}" for kind in (*KINDS, "all")]
-            seeds = ", ".join(f"{x:.1f}" for x in figures["per_seed"]) if arm in ARMS else ""
-            lines.append(f"| `{arm}` | {' | '.join(cells)} | {seeds} | {gap} |")
+            cells = [f"`{arm}`", cost.get("visual_tokens", "-")]
+            cells += [f"{cost['trained_parameters']:,}" if cost else "-"]
+            cells += [f"{cost['seconds_per_step']:.3f} ({cost['ratio']:.2f})" if "ratio" in cost else "-"]
+            cells += [with_spread(figures, kind) for kind in (*KINDS, "all")]
+            cells += [", ".join(f"{x:.1f}" for x in figures["per_seed"]) if cost else ""]
+            cells += [f"{gap[0]} [{gap[1]}, {gap[2]}]" if gap else ""]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def curve_table(result: dict) -> str:
+    """Exact match against the number of visual tokens, as Markdown."""
+    counts = sorted({count for names in CURVE.values() for count in names})
+    lines = []
+    for name, arms in result["exact_match"].items():
+        lines += [f"{name} scenes", "", f"| visual tokens | {' | '.join(f'`{kind}`' for kind in CURVE)} |"]
+        lines.append("|---" * (1 + len(CURVE)) + "|")
+        for count in counts:
+            cells = []
+            for names in CURVE.values():
+                figures = arms.get(names.get(count))
+                seeds = f" ({len(figures['per_seed'])})" if figures else ""
+                cells.append(with_spread(figures, "all") + seeds if figures else "-")
+            lines.append(f"| {count} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw_curve(result: dict, path: Path) -> None:
+    """Draws exact match against the number of visual tokens: a dot for each seed, a line through the means."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    labels = {
+        "static_resampled": "static, resampled",
+        "llava_style": "LLaVA-style (patches)",
+        "ipn": "IPN (1 static, others asked for)",
+    }
+    panels = figure.subplots(1, len(result["exact_match"]), sharey=True, squeeze=False)[0]
+    for axes, (name, arms) in zip(panels, result["exact_match"].items(), strict=True):
+        for kind, marker in zip(CURVE, "so^", strict=True):
+            found = {count: arms[arm] for count, arm in CURVE[kind].items() if arm in arms}
+            (line,) = axes.plot(list(found), [f["all"] for f in found.values()], label=labels[kind])
+            for count, figures in found.items():
+                dots = figures["per_seed"]
+                axes.plot([count] * len(dots), dots, marker, color=line.get_color(), markersize=4)
+        for arm, text in (("told", "told in words"), ("no_image", "no image")):
+            axes.axhline(arms[arm]["all"], color="gray", linestyle=":")
+            axes.annotate(text, (1, arms[arm]["all"]), (0, -9), textcoords="offset points", fontsize=8, color="gray")
+        counts = sorted({count for names in CURVE.values() for count in names})
+        axes.set_xscale("log")
+        axes.set_xticks(counts, counts)
+        axes.set_xticks([], minor=True)
+        axes.set(title=f"{name} scenes", xlabel="visual tokens", ylim=(0, 103))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("exact match, %")
+    panels[0].legend(fontsize=8, loc="center right")
+    figure.savefig(path, dpi=100)
 
 
 def compare_family(args: Arguments, work_dir: Path) -> None:
@@ -285,13 +461,12 @@ def compare_family(args: Arguments, work_dir: Path) -> None:
     hits = {arm: by_name for arm in args.arms if (by_name := test_hits(arm, args, work_dir))}
     for arm, by_name in hits.items():
         config = load(work_dir / f"{arm}_{args.seeds[0]}")[0].config
-        dynamic = 0 if config.interaction == "none" else config.num_request_rounds * config.num_dynamic_tokens
-        rounds = config.num_request_rounds if dynamic else 0
-        otherwise = test_hits(arm, args, work_dir, num_request_rounds=3 - rounds) if dynamic else None
+        rounds = 0 if config.interaction == "none" else config.num_request_rounds
+        otherwise = test_hits(arm, args, work_dir, num_request_rounds=3 - rounds) if rounds else None
         for name, (_, questions) in tests.items():
-            figures = {"rounds": rounds, "visual_tokens": config.num_static_tokens + dynamic}
+            figures = {"rounds": rounds, "visual_tokens": visual_tokens(config)}
             figures |= summary(by_name[name], questions)
-            if dynamic:
+            if rounds:
                 figures["in_the_other_number_of_rounds"] = summary(otherwise[name], questions)["all"]
             if (one := arm.removesuffix("_two_rounds")) != arm and one in hits:
                 both = (np.stack(hits[a][name]) for a in (arm, one))
@@ -347,11 +522,20 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     disable_progress_bar()
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    args.arms = args.arms or list(FAMILY if args.do == "family" else ARMS)
+    args.arms = args.arms or list(DEFAULT_ARMS[args.do])
     torch.set_num_threads(args.num_threads)
     work_dir = Path(args.work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
-    work = {"tune": tune, "train": train_all, "evaluate": evaluate_all, "ship": ship, "family": compare_family}
+    work = {
+        "tune": tune,
+        "train": train_all,
+        "curve": train_all,
+        "time": measure_seconds,
+        "evaluate": evaluate_all,
+        "ship": ship,
+        "reference": make_reference,
+        "family": compare_family,
+    }
     work[args.do](args, work_dir)
 
 

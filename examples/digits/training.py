@@ -27,6 +27,8 @@ logger = logging.getLogger("study")
 
 BACKBONES = Path(__file__).parent / "backbones"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+REFERENCE_CURVE = Path(__file__).parent / "reference_curve.json"
+"""Losses of both stages of `ipn` over several seeds, by `study.py --do reference`."""
 
 STACK = {
     "interaction_hidden_size": 192,
@@ -48,7 +50,9 @@ ARMS: dict[str, dict[str, Any]] = {
         "num_static_tokens": NUM_STATIC_TOKENS,
         **STACK,
     },
+    "llava_style": {"interaction": "none", "visual_mapping": "patch"},
     "clip_text": {"interaction": "clip_text"},
+    "clip_text_no_request": {"interaction": "clip_text", "use_request": False},
     "no_request": {
         "interaction": "cross_attention",
         "num_request_vectors": NUM_STATIC_TOKENS,
@@ -57,8 +61,37 @@ ARMS: dict[str, dict[str, Any]] = {
     },
 }
 """Configurations that are compared: the network; its stage 1 alone (the paper's IPN*); as many visual tokens that see
-no question, from one matrix or from the same stack on the same patches, tuned on the questions as well; the paper's
-first interaction; and the network with zeros for a request."""
+no question, from one matrix or from the same stack on the same patches, tuned on the questions as well; every patch
+through one matrix, tuned likewise, which is twelve times as many; the paper's first interaction; and both interactions
+with zeros for a request."""
+
+NUM_PATCHES = 36
+TOKEN_COUNTS = (1, 2, 3, 6, 12, NUM_PATCHES)
+
+
+def with_visual_tokens(arm: str, num_tokens: int) -> dict[str, Any]:
+    """The configuration of an arm of `ARMS` with another number of visual tokens, static and dynamic ones together.
+
+    A model with requests keeps one static token, so that its least are two.
+    """
+    if "num_static_tokens" in ARMS[arm] or arm == "llava_style":
+        return {**ARMS[arm], "num_static_tokens": num_tokens}
+    return {**ARMS[arm], "num_dynamic_tokens": num_tokens - 1, "num_request_vectors": num_tokens}
+
+
+CURVE: dict[str, dict[int, str]] = {
+    arm: {
+        count: arm if count == own else f"{arm}_{count}_token{'s' * (count > 1)}"
+        for count in TOKEN_COUNTS
+        if count >= least
+    }
+    for arm, own, least in (
+        ("static_resampled", NUM_STATIC_TOKENS, 1),
+        ("llava_style", NUM_PATCHES, 1),
+        ("ipn", NUM_STATIC_TOKENS, 2),
+    )
+}
+"""The arms whose number of visual tokens is varied: their names by that number."""
 
 ONE_ROUND: dict[str, dict[str, Any]] = {
     "clip_text": ARMS["clip_text"],
@@ -77,15 +110,22 @@ FAMILY: dict[str, dict[str, Any]] = {
 beside static perception alone. Two rounds have twice the dynamic tokens. `ipn_one_block` has one block in place of
 three: does a second round stand in for depth?"""
 
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    **FAMILY,
+    **{name: with_visual_tokens(arm, count) for arm, names in CURVE.items() for count, name in names.items()},
+    **ARMS,
+}
+"""All of them by name."""
+
 PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LEARNING_RATE = 150, 32, 1e-3
 INSTRUCT_STEPS, INSTRUCT_BATCH, INSTRUCT_LEARNING_RATE = 1200, 64, 1e-3
 
 
 def build(arm: str, seed: int = 0, **config: Any) -> tuple[LMEyeForConditionalGeneration, LMEyeProcessor]:
-    """A new model of one of `ARMS` or `FAMILY` around the shipped backbones, and its processor; `config` overrides
+    """A new model of one of `CONFIGURATIONS` around the shipped backbones, and its processor; `config` overrides
     fields."""
     torch.manual_seed(seed)
-    fields_of_arm = {"num_dynamic_tokens": NUM_DYNAMIC_TOKENS, **(ARMS | FAMILY)[arm], **config}
+    fields_of_arm = {"num_dynamic_tokens": NUM_DYNAMIC_TOKENS, **CONFIGURATIONS[arm], **config}
     backbones = (str(BACKBONES / "clip"), str(BACKBONES / "language_model"))
     model = LMEyeForConditionalGeneration.from_vision_language_pretrained(*backbones, **fields_of_arm)
     return model, build_processor(model)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 DIGITS_FOLDER = Path(__file__).parents[2] / "examples" / "digits"
 CHECKPOINTS = DIGITS_FOLDER / "checkpoints"
-MODULES = ("scenes", "training", "study")
+MODULES = ("scenes", "curves", "training", "study")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_features_of_pictures_are_those_of_the_processor(scenes, training, ipn):
         torch.testing.assert_close(features[[i]].patches, expected.patches, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arm", ["ipn", "static_resampled", "none", "clip_text_patch_two_rounds"])
+@pytest.mark.parametrize("arm", ["ipn", "static_resampled", "none", "llava_style", "clip_text_patch_two_rounds"])
 def test_prompts_are_those_of_the_processor(scenes, training, arm):
     _, processor = training.build(arm)
     sample = scenes.sample_scenes(5, "train", seed=0, min_digits=9)
@@ -264,6 +264,139 @@ def test_family_is_trained_once_and_asked_in_one_and_two_rounds(study, training,
     assert one_round == figures["ipn_two_rounds"]["in_the_other_number_of_rounds"] < 100
     assert figures["ipn_two_rounds"]["minus_one_round"][0] > 0 and "minus_one_round" not in figures["ipn"]
     assert f"{one_round:.1f} / 100.0" in capsys.readouterr().out
+
+
+def test_arms_of_the_curve(study, training):
+    """As many visual tokens in a prompt as the curve says, by the same network otherwise."""
+    assert {kind: list(names) for kind, names in training.CURVE.items()} == {
+        "static_resampled": [1, 2, 3, 6, 12, 36],
+        "llava_style": [1, 2, 3, 6, 12, 36],
+        "ipn": [2, 3, 6, 12, 36],
+    }
+    assert training.CURVE["static_resampled"][3] == "static_resampled" and training.CURVE["ipn"][3] == "ipn"
+    assert training.CURVE["llava_style"][36] == "llava_style"
+    assert training.with_visual_tokens("ipn", 3) == {**training.ARMS["ipn"], "num_dynamic_tokens": 2}
+    assert training.with_visual_tokens("static_resampled", 3) == training.ARMS["static_resampled"]
+    for names in training.CURVE.values():
+        for count in (2, 12):
+            _, processor = training.build(names[count])
+            blank = training.Image.new("RGB", (48, 48))
+            ids = processor(images=blank, text="What color is at the left?")["input_ids"]
+            assert ids.count(processor.image_token_id) + ids.count(processor.dynamic_token_id) == count
+            assert study.costs(names[count], {})["visual_tokens"] == count
+
+
+def test_costs(study, training):
+    """What both stages train, counted by hand: widths 128 (pooled and patches), 192 (embeddings), 36 patches."""
+    timing = {"llava_style": {"seconds_per_step": 0.25, "ratio": 2.0}}
+    assert study.costs("none", {}) == {"visual_tokens": 1, "trained_parameters": 128 * 192 + 192 + 192}
+    assert study.costs("llava_style", timing) == {
+        "visual_tokens": 36,
+        "trained_parameters": 128 * 192 + 192 + 36 * 192,
+        "seconds_per_step": 0.25,
+        "ratio": 2.0,
+    }
+    with_text_encoder = study.costs("clip_text", {})
+    assert with_text_encoder["visual_tokens"] == 3
+    trained = 128 * 192 + 192 + 192  # static
+    trained += 192 + (192 * 128 + 128) + (128 * 5 * 128 + 5 * 128) + (128 * 2 * 192 + 2 * 192)
+    assert with_text_encoder["trained_parameters"] == trained
+    assert study.costs("clip_text_no_request", {}) == with_text_encoder
+
+
+def test_learning_rates(study, tmp_path, monkeypatch):
+    """The best of the tuning; of its own kind for other numbers of tokens and rounds; else that of the IPN."""
+    monkeypatch.setattr(study, "STUDY", tmp_path / "study.json")
+    stored = {"ipn": {"0.001": 40.0, "0.002": 30.0}, "clip_text": {"0.001": 40.0, "0.002": 41.0}}
+    study.STUDY.write_text(json.dumps({"learning_rates": stored}))
+    (tmp_path / "tune_llava_style.json").write_text(json.dumps({"0.001": 50.0, "0.004": 51.0}))
+    expected = {"ipn": 1e-3, "ipn_36_tokens": 1e-3, "clip_text": 2e-3, "clip_text_two_rounds": 2e-3}
+    expected |= {"llava_style": 4e-3, "llava_style_6_tokens": 4e-3, "static_resampled_1_token": 1e-3}
+    assert {arm: study.best_rate(arm, tmp_path) for arm in expected} == expected
+
+
+def test_tuning_tries_what_was_not_tried(study, training, tmp_path, monkeypatch):
+    tried = []
+
+    def train_arm(arm, seed, work_dir, learning_rate, steps):
+        tried.append((arm, learning_rate, steps))
+        return training.build(arm)[0]
+
+    monkeypatch.setattr(study, "train_arm", train_arm)
+    monkeypatch.setattr(study, "evaluate", lambda *_: {"full": np.ones(4, bool), "sparse": np.arange(4) < 2})
+    (tmp_path / "tune_llava_style.json").write_text('{"0.0005": 50.0}')
+    args = study.Arguments(do="tune", arms=["none", "llava_style"], learning_rates=[5e-4, 4e-3])
+    study.tune(args, tmp_path)
+    assert tried == [("llava_style", 4e-3, study.TUNING_STEPS)]
+    assert json.loads((tmp_path / "tune_llava_style.json").read_text()) == {"0.0005": 50.0, "0.004": 75.0}
+
+
+def test_what_is_not_trained_is_not_in_the_table(study, training, tmp_path, monkeypatch, capsys):
+    """Three seeds of one arm, one of another, and a curve of two points."""
+
+    def evaluate(model, processor, split, num_questions):
+        right = np.arange(num_questions) % 8 < {3: 8, 6: 2, 36: 4}[study.visual_tokens(model.config)]
+        return dict.fromkeys(("full", "sparse"), right)
+
+    monkeypatch.setattr(study, "evaluate", evaluate)
+    monkeypatch.setattr(study, "NUM_TEST_QUESTIONS", 40)
+    monkeypatch.setattr(study, "STUDY", tmp_path / "study.json")
+    monkeypatch.setattr(study, "PLOT", tmp_path / "plot.png")
+    (tmp_path / "timing.json").write_text(json.dumps({"ipn": {"seconds_per_step": 0.125, "ratio": 1.0}}))
+    (tmp_path / "tune_ipn.json").write_text('{"0.001": 44.0}')
+    trained = [("ipn", 0), ("ipn", 1), ("ipn", 2), ("llava_style", 0), ("static_resampled_6_tokens", 0)]
+    for arm, seed in trained:
+        training.build(arm, seed)[0].save_pretrained(tmp_path / f"{arm}_{seed}", save_backbones=False)
+    arms = list(study.DEFAULT_ARMS["evaluate"])
+    study.evaluate_all(study.Arguments(do="evaluate", arms=arms), tmp_path)
+    result = json.loads((tmp_path / "study.json").read_text())
+    assert result["learning_rates"] == {"ipn": {"0.001": 44.0}}
+    assert set(result["costs"]) == {"ipn", "llava_style", "static_resampled_6_tokens"}
+    full = result["exact_match"]["full"]
+    assert full["ipn"]["per_seed"] == [100.0] * 3 and full["ipn"]["spread"]["all"] == 0
+    assert full["llava_style"]["per_seed"] == [full["llava_style"]["all"]] and "spread" not in full["llava_style"]
+    assert 0 < full["static_resampled_6_tokens"]["all"] < full["llava_style"]["all"] < 100
+    assert full["told"]["all"] == 100 and full["no_image"]["all"] < 60
+    assert list(result["ipn_minus"]["full"]) == ["llava_style"]
+    printed = capsys.readouterr().out
+    assert "| `ipn` | 3 | 1,536,640 | 0.125 (1.00) | 100.0 ± 0.0 |" in printed
+    assert f"| 36 | - | {full['llava_style']['all']:.1f} (1) | - |" in printed
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_seconds_are_measured_in_turns(study, training, scenes, tmp_path, monkeypatch, capsys):
+    sample = scenes.sample_scenes(4, "train", seed=0, min_digits=9)
+    model, processor = training.build("ipn")
+    features = training.encode_pictures(model, processor, sample)
+    questions = scenes.sample_questions(sample, 4, seed=0)
+    turns = []
+    monkeypatch.setattr(study, "training_data", lambda *_: (sample, features))
+    monkeypatch.setattr(study, "training_questions", lambda *_: questions)
+    monkeypatch.setattr(study, "INSTRUCT_BATCH", 8)
+    train = study.train
+    monkeypatch.setattr(study, "train", lambda *given, **more: turns.append(given[-1]) or train(*given, **more))
+    arms = ["none", "ipn", "llava_style"]
+    study.measure_seconds(study.Arguments(do="time", arms=arms), tmp_path, rounds=2, steps=2)
+    assert turns == ["ipn", "llava_style"] * 3
+    figures = json.loads((tmp_path / "timing.json").read_text())
+    assert figures["ipn"]["ratio"] == 1 and figures["llava_style"]["seconds_per_step"] > 0
+    assert "llava_style" in capsys.readouterr().out
+
+
+def test_reference_is_made_of_the_losses_of_every_seed(study, training, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "REFERENCE_CURVE", tmp_path / "reference_curve.json")
+    monkeypatch.setattr(study, "training_data", lambda seed, _: (None, None))
+    monkeypatch.setattr(study, "pretrain", lambda m, p, s, f, seed, progress: [1.0 + seed] * 30)
+    monkeypatch.setattr(study, "instruct", lambda m, p, s, f, seed, progress: [3.0 + seed] * 20)
+    args = study.Arguments(do="reference", seeds=[0, 2])
+    study.make_reference(args, tmp_path)
+    expected = {
+        "stage 1: captions": {"step": [20, 30], "mean": [2.0, 2.0], "spread": [1.41421, 1.41421]},
+        "stage 2: questions": {"step": [20], "mean": [4.0], "spread": [1.41421]},
+    }
+    assert json.loads((tmp_path / "reference_curve.json").read_text()) == {"seeds": [0, 2], "stages": expected}
+    monkeypatch.setattr(study, "build", None)
+    study.make_reference(args, tmp_path)  # nothing is trained twice
 
 
 @pytest.mark.parametrize("folder", sorted(CHECKPOINTS.glob("*")), ids=lambda folder: folder.name)

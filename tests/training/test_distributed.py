@@ -141,10 +141,9 @@ def test_fsdp2_trains_as_one_process_does(train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp_2cpu", "fsdp2_2cpu"])
+@pytest.mark.parametrize(("config", "optim"), [("ddp_2cpu", "adamw_torch"), ("fsdp2_2cpu", "sgd")])
 @pytest.mark.parametrize("interaction", ["clip_text", "cross_attention"])
 @pytest.mark.parametrize(("stage", "layouts"), [("pretrain", PAIRS), ("instruct", MIXED)])
-@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
 def test_both_stages_and_interactions(train, config, interaction, stage, layouts, optim):
     _same(config, train, stage, layouts, interaction, optim=optim, learning_rate=1e-3, max_steps=6)
 
