@@ -615,7 +615,7 @@ def test_a_quantised_language_model(folders, tmp_path, bits):
             model(**batch)  # what is read without gradients first must not keep them out later
         loss = model(**batch).loss
         loss.backward()
-        losses[text] = float(loss)
+        losses[text] = loss.item()
         gradients[text] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     (loss, quantised_loss), (gradient, quantised_gradient) = losses.values(), gradients.values()
     assert quantised_loss == pytest.approx(loss, rel=0.1)
